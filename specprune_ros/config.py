@@ -1,0 +1,406 @@
+"""Configuration: frozen dataclasses, one per axis, and the YAML files that fill them.
+
+A field's metadata (meaning, unit, range) is the only description of a parameter: it validates the
+YAML here, and it becomes the ROS parameter's descriptor in `ros/params.py`. The YAML files are
+ROS parameter files (`/**: ros__parameters:`), so that the library, the command line and the node
+read the same ones.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import os
+import sys
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+from specprune_ros.errors import ConfigError
+from specprune_ros.types import ActionSpace
+
+
+def setting(
+    default: object,
+    doc: str,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    choices: tuple[str, ...] = (),
+    unit: str = '',
+    live: bool = False,
+) -> typing.Any:
+    """A documented, validated dataclass field.
+
+    Args:
+        default: value when nothing sets it.
+        doc: meaning, one sentence.
+        low, high: inclusive range; for a tuple, of every element.
+        choices: allowed values; empty for any.
+        unit: 's', 'Hz', '1', ...
+        live: may change while the node is active.
+    """
+    metadata = {
+        'doc': doc, 'low': low, 'high': high, 'choices': choices, 'unit': unit, 'live': live,
+    }  # fmt: skip
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RobotConfig:
+    """What the robot has: cameras, joints, and the actions it takes."""
+
+    camera_names: tuple[str, ...] = setting(
+        ('wrist', 'side', 'overhead'), 'camera names, in the order in which the model takes them'
+    )
+    camera_transports: tuple[str, ...] = setting(
+        ('raw',), 'image transport, one for all cameras or one each', choices=('raw', 'compressed')
+    )
+    joint_names: tuple[str, ...] = setting(
+        (), 'joints of the proprioceptive state, in model order; empty: no proprioception'
+    )
+    action_names: tuple[str, ...] = setting(
+        ('x', 'y', 'z', 'roll', 'pitch', 'yaw', 'gripper'), 'what each action element commands'
+    )
+    action_units: tuple[str, ...] = setting(
+        ('1',), 'unit, one for all action elements or one each', choices=('1', 'm', 'rad')
+    )
+    action_space: str = setting(
+        'eef_delta_pose',
+        'what an action is',
+        choices=tuple(space.name.lower() for space in ActionSpace),
+    )
+    action_min: tuple[float, ...] = setting(
+        (-1.0,), 'least value, one for all action elements or one each; lower ones are clamped'
+    )
+    action_max: tuple[float, ...] = setting(
+        (1.0,), 'greatest value, one for all action elements or one each; higher are clamped'
+    )
+    horizon: int = setting(8, 'steps in an action chunk', low=1, high=200)
+    step_dt_s: float = setting(0.05, 'control period', low=0.001, high=2.0, unit='s')
+    frame_id: str = setting('base_link', 'frame of Cartesian actions')
+    translation_names: tuple[str, ...] = setting(
+        ('x', 'y', 'z'), 'executed-action elements that are the translation; z points up'
+    )
+    rotation_names: tuple[str, ...] = setting(
+        ('roll', 'pitch', 'yaw'), 'executed-action elements that are the rotation'
+    )
+    translation_scale: float = setting(
+        1.0, 'executed translation that counts as 1, a full command', low=1e-9, unit='action unit'
+    )
+    rotation_scale: float = setting(
+        1.0, 'executed rotation that counts as 1, a full command', low=1e-9, unit='action unit'
+    )
+
+    def __post_init__(self) -> None:
+        check_fields('robot', self)
+        width = len(self.action_names)
+        sizes = {
+            'camera_transports': len(self.camera_names),
+            'action_units': width,
+            'action_min': width,
+            'action_max': width,
+        }
+        for name, count in sizes.items():
+            if len(getattr(self, name)) not in (1, count):
+                raise ConfigError(
+                    f'robot.{name}', getattr(self, name), f'needs 1 or {count} elements'
+                )
+        for name in ('camera_names', 'joint_names', 'action_names'):
+            values = getattr(self, name)
+            if len(set(values)) != len(values):
+                raise ConfigError(f'robot.{name}', values, 'has a name twice')
+        if not self.camera_names:
+            raise ConfigError('robot.camera_names', self.camera_names, 'needs at least one camera')
+        if width == 0:
+            raise ConfigError('robot.action_names', self.action_names, 'needs at least one name')
+        for name in self.camera_names:
+            if not name.isidentifier():
+                raise ConfigError(
+                    'robot.camera_names', name, 'must be letters, digits and _ (a topic name)'
+                )
+
+    def per_camera(self, name: str) -> dict[str, str]:
+        """Camera name -> its value of a field that holds one for all or one each."""
+        values = getattr(self, name)
+        values = values * len(self.camera_names) if len(values) == 1 else values
+        return dict(zip(self.camera_names, values, strict=True))
+
+    def per_action(self, name: str) -> tuple:
+        """[A] values of a field that holds one for all action elements or one each."""
+        values = getattr(self, name)
+        return values * len(self.action_names) if len(values) == 1 else values
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Which model runs, and where."""
+
+    name: str = setting('tiny', 'model, a key of specprune_ros.models.MODELS')
+    device: str = setting('auto', "torch device; 'auto' is cuda where there is one, else cpu")
+    seed: int = setting(0, 'seed of the stand-in weights', low=0, high=2**31 - 1)
+    threads: int = setting(0, 'CPU threads of torch; 0 leaves its default', low=0, high=256)
+
+    def __post_init__(self) -> None:
+        check_fields('model', self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneConfig:
+    """How visual tokens are pruned. Defaults are the SpecPrune-VLA paper's (v3).
+
+    Layers are numbered from 1 in a decoder of 32 layers, as in the paper, and scaled in
+    proportion for a decoder of another depth.
+    """
+
+    method: str = setting('specprune', 'method, a key of specprune_ros.pruning.METHODS', live=True)
+    alpha: float = setting(
+        0.8, 'scales all K; smaller prunes more (paper 7.3)', low=0.1, high=2.0, unit='1', live=True
+    )
+    budget: str = setting(
+        'auto',
+        'union: the size follows the data (the paper); fixed: an exact count per camera and mode; '
+        'auto: fixed on cuda, union elsewhere',
+        choices=('auto', 'union', 'fixed'),
+    )
+    k_global: int = setting(30, 'K_global per camera and layer', low=0, high=4096)
+    k_local_coarse: int = setting(24, 'K_local in coarse mode', low=0, high=4096)
+    k_local_fine: int = setting(40, 'K_local in fine mode', low=0, high=4096)
+    k_dynamic_coarse: int = setting(20, 'K_dynamic in coarse mode', low=0, high=4096)
+    k_dynamic_fine: int = setting(10, 'K_dynamic in fine mode', low=0, high=4096)
+    similarity_threshold: float = setting(
+        0.95,
+        'tau: a patch less similar than this to its reference counts as changed; the paper takes '
+        '0.95 in simulation, 0.8 on a real robot',
+        low=-1.0, high=1.0, unit='1', live=True,
+    )  # fmt: skip
+    score_direction: str = setting(
+        'text_to_image',
+        'whose attention scores a patch: text queries on image keys, or image queries on text '
+        'keys (Eq. 2; always 0 in a causal model)',
+        choices=('text_to_image', 'image_to_text'),
+    )
+    score_text: str = setting(
+        'instruction', 'text tokens that score patches', choices=('instruction', 'prompt')
+    )
+    global_fusion: str = setting(
+        'union',
+        'V_global: union of the top K of each global layer, or top K of their mean score',
+        choices=('union', 'mean'),
+    )
+    global_layers: tuple[int, ...] = setting(
+        (15, 32), 'layers whose scores make V_global of the next query', low=1, high=32
+    )
+    prune_layers: tuple[int, ...] = setting(
+        (10, 15, 20, 25), 'layers after which tokens are pruned again', low=1, high=32
+    )
+    layer_keep_ratio: float = setting(
+        0.9, 'gamma: share of visual tokens that a prune layer keeps', low=0.05, high=1.0, unit='1'
+    )
+    rank_slope: float = setting(0.1, 'k of the rank weight sigma(-k rank), Eq. 6', low=1e-6)
+    ema_rate: float = setting(0.2, 'beta, update rate of the scores, Eq. 9', low=0.0, high=1.0)
+    translation_threshold: float = setting(
+        0.5, 'v_t below which motion can be fine', low=0.0, unit='1', live=True
+    )
+    rotation_threshold: float = setting(
+        0.2, 'v_r below which motion can be fine', low=0.0, unit='1', live=True
+    )
+    hysteresis: bool = setting(
+        True,
+        'true: leave fine mode only above a threshold (paper 6.2); false: decide every step anew '
+        '(Alg. 1)',
+    )
+    dense_every: int = setting(
+        0, 'compute every n-th query of an episode dense; 0: only the first', low=0, high=10**6
+    )
+
+    def __post_init__(self) -> None:
+        check_fields('pruning', self)
+        for name in ('global_layers', 'prune_layers'):
+            values = getattr(self, name)
+            if list(values) != sorted(set(values)):
+                raise ConfigError(f'pruning.{name}', values, 'must ascend, each layer once')
+        if not self.global_layers:
+            raise ConfigError('pruning.global_layers', self.global_layers, 'needs a layer')
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuntimeConfig:
+    """When the node infers, and what it refuses."""
+
+    query_rate_hz: float = setting(
+        2.5, 'inferences per second at most', low=0.05, high=200.0, unit='Hz'
+    )
+    max_image_age_s: float = setting(
+        0.5, 'an image older than this is stale: no inference', low=0.01, high=60.0, unit='s'
+    )
+    max_joint_age_s: float = setting(
+        0.5, 'a joint state older than this is stale', low=0.01, high=60.0, unit='s'
+    )
+    warm_up_queries: int = setting(2, 'inferences on grey images at configure', low=0, high=100)
+    overlay_opacity: float = setting(
+        0.55, 'how strongly the overlay colours patches', low=0.0, high=1.0, unit='1', live=True
+    )
+    dry_run: bool = setting(True, 'mark every chunk as not to be executed')
+
+    def __post_init__(self) -> None:
+        check_fields('runtime', self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyConfig:
+    """All axes together."""
+
+    robot: RobotConfig = field(default_factory=RobotConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    pruning: PruneConfig = field(default_factory=PruneConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+
+
+AXES = typing.get_type_hints(PolicyConfig)
+
+
+def check_fields(axis: str, config: object) -> None:
+    """Check every field of a config dataclass against its type and metadata.
+
+    Raises:
+        ConfigError: naming the field and the value.
+    """
+    hints = typing.get_type_hints(type(config))
+    for spec in dataclasses.fields(config):
+        value, name = getattr(config, spec.name), f'{axis}.{spec.name}'
+        many = typing.get_origin(hints[spec.name]) is tuple
+        kind = typing.get_args(hints[spec.name])[0] if many else hints[spec.name]
+        if many and not isinstance(value, tuple):
+            raise ConfigError(name, value, f'must be a list of {kind.__name__}')
+        for element in value if many else (value,):
+            _check_element(name, element, kind, spec.metadata)
+
+
+def _check_element(name: str, value: object, kind: type, limits: Mapping) -> None:
+    if kind is float:
+        right = isinstance(value, (int, float)) and not isinstance(value, bool)
+    else:
+        right = isinstance(value, kind) and not (kind is int and isinstance(value, bool))
+    if not right:
+        raise ConfigError(name, value, f'must be of type {kind.__name__}')
+    if limits['choices'] and value not in limits['choices']:
+        raise ConfigError(name, value, f'must be one of {", ".join(limits["choices"])}')
+    if kind in (int, float):
+        low = -math.inf if limits['low'] is None else limits['low']
+        high = math.inf if limits['high'] is None else limits['high']
+        if not low <= value <= high:  # NaN fails too
+            raise ConfigError(name, value, f'must lie in [{low:g}, {high:g}]')
+
+
+def from_mapping(values: Mapping[str, object], base: PolicyConfig | None = None) -> PolicyConfig:
+    """Build the configuration from flat names such as `pruning.alpha`.
+
+    Args:
+        values: parameter name -> value; lists become tuples, and the empty strings in them go
+            (a ROS parameter file cannot hold an empty list, `['']` stands for it).
+        base: what holds for parameters that `values` leaves out.
+
+    Raises:
+        ConfigError: an unknown name (the message proposes the nearest one), or a bad value.
+    """
+    base = base or PolicyConfig()
+    changes: dict[str, dict[str, object]] = {axis: {} for axis in AXES}
+    known = parameter_names()
+    for name, value in values.items():
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f', did you mean {near[0]!r}?' if near else ''
+            raise ConfigError(name, value, f'unknown parameter{hint}')
+        axis, _, key = name.partition('.')
+        if isinstance(value, (list, tuple)):
+            value = tuple(element for element in value if element != '')
+        elif AXES[axis].__dataclass_fields__[key].type == 'float' and type(value) is int:
+            value = float(value)
+        changes[axis][key] = value
+    axes = {name: dataclasses.replace(getattr(base, name), **changes[name]) for name in AXES}
+    return PolicyConfig(**axes)
+
+
+def parameter_names() -> list[str]:
+    """All parameter names, `axis.field`."""
+    return [f'{axis}.{spec.name}' for axis, cls in AXES.items() for spec in dataclasses.fields(cls)]
+
+
+def load_config(
+    files: Iterable[str | Path] = (), overrides: Mapping[str, object] | None = None
+) -> PolicyConfig:
+    """Read parameter files, later ones first in rank, then apply overrides.
+
+    Args:
+        files: paths, or `axis/name` of a file that ships in config/, e.g. `robots/libero_franka`.
+        overrides: flat names -> values.
+
+    Raises:
+        ConfigError: a file is missing or malformed, a name unknown, a value bad.
+    """
+    values: dict[str, object] = {}
+    for name in files:
+        values.update(read_parameter_file(find_config(name)))
+    values.update(overrides or {})
+    return from_mapping(values)
+
+
+def read_parameter_file(path: Path) -> dict[str, object]:
+    """Flat names -> values of one ROS parameter file.
+
+    Raises:
+        ConfigError: not YAML, or not of the form `/**: ros__parameters: ...`.
+    """
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError('params_file', str(path), f'cannot be read: {error}') from error
+    try:
+        parameters = next(iter(tree.values()))['ros__parameters']
+    except (AttributeError, KeyError, StopIteration, TypeError):
+        parameters = None
+    if not isinstance(parameters, dict):
+        raise ConfigError(
+            'params_file', str(path), "must look like '/**: {ros__parameters: {...}}'"
+        )
+    flat: dict[str, object] = {}
+    _flatten('', parameters, flat)
+    return flat
+
+
+def _flatten(prefix: str, tree: Mapping, flat: dict[str, object]) -> None:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            _flatten(f'{prefix}{key}.', value, flat)
+        else:
+            flat[f'{prefix}{key}'] = value
+
+
+def find_config(name: str | Path) -> Path:
+    """The path of a parameter file: as given, or one that ships with the package.
+
+    Raises:
+        ConfigError: neither exists; the message lists where it looked.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    roots = config_roots()
+    for root in roots:
+        for candidate in (root / path, root / f'{path}.yaml'):
+            if candidate.is_file():
+                return candidate
+    raise ConfigError('params_file', str(name), f'no such file, nor in {[str(r) for r in roots]}')
+
+
+def config_roots() -> list[Path]:
+    """Folders that may hold the shipped config/: the checkout's, then the installed ones."""
+    prefixes = [Path(p) for p in os.environ.get('AMENT_PREFIX_PATH', '').split(os.pathsep) if p]
+    roots = [Path(__file__).resolve().parent.parent / 'config']
+    roots += [p / 'share' / 'specprune_ros' / 'config' for p in (*prefixes, Path(sys.prefix))]
+    return [root for root in roots if root.is_dir()]

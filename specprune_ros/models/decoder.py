@@ -1,0 +1,210 @@
+"""Our own loop over a loaded language model's decoder layers, so that tokens can go on the way.
+
+The layers' submodules (Llama and Qwen2 shape, grouped-query attention included) are called as
+they were loaded: nothing is patched, copied or vendored. With nothing pruned, the result equals
+the loaded model's own forward. Pruned rows keep the position ids of the full sequence: with
+renumbered positions success falls by half (VLA-ACL, Table IV).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from specprune_ros.errors import PruningError
+from specprune_ros.pruning.base import PruneRun
+from specprune_ros.token_layout import TokenLayout
+
+SCORE_CHUNK = 128  # query rows whose attention to all keys is formed at a time
+
+
+@dataclass(frozen=True, eq=False)
+class Decoder:
+    """Decoder layers and what the loop needs to know of them.
+
+    Attributes:
+        layers: modules with input_layernorm, self_attn.{q,k,v,o}_proj, post_attention_layernorm
+            and mlp.
+        norm: final norm.
+        inverse_frequencies: [D/2] of the rotary embedding.
+        rotary_scale: factor on cos and sin (1 without RoPE scaling).
+        head_dim: D.
+        causal: False when every token sees every token (OpenVLA-OFT).
+    """
+
+    layers: Sequence[nn.Module]
+    norm: nn.Module
+    inverse_frequencies: Tensor
+    rotary_scale: float
+    head_dim: int
+    causal: bool
+
+    @classmethod
+    def of(cls, model: nn.Module, *, causal: bool) -> Decoder:
+        """Read the parts of a transformers LlamaModel or Qwen2Model.
+
+        Args:
+            model: the model without its language-model head.
+            causal: whether a token sees only earlier ones.
+        """
+        config = model.config
+        head_dim = getattr(config, 'head_dim', None)
+        return cls(
+            layers=model.layers,
+            norm=model.norm,
+            inverse_frequencies=model.rotary_emb.inv_freq,
+            rotary_scale=float(getattr(model.rotary_emb, 'attention_scaling', 1.0)),
+            head_dim=head_dim or config.hidden_size // config.num_attention_heads,
+            causal=causal,
+        )
+
+    def rotary(self, pos_idx: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos and sin, [K, D] each, of positions [K]; formed in float32, then cast."""
+        angles = pos_idx[:, None].float() * self.inverse_frequencies.float()
+        angles = torch.cat((angles, angles), dim=-1)
+        scale = self.rotary_scale
+        return (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class Decoded:
+    """Final hidden states [K, C] of the surviving rows, and their positions [K]."""
+
+    hidden: Tensor
+    pos_idx: Tensor
+
+    def at(self, positions: Tensor) -> Tensor:
+        """[M, C] hidden states of surviving positions [M]."""
+        return self.hidden[TokenLayout.row_idx(self.pos_idx, positions)]
+
+
+class Probe:
+    """pruning.base.LayerProbe over one layer's rotated queries and keys."""
+
+    def __init__(
+        self,
+        layer: int,
+        hidden: Tensor,
+        query: Tensor,
+        key: Tensor,
+        causal: bool,
+        layout: TokenLayout,
+        pos_idx: Tensor,
+        visual_idx: Tensor,
+    ):
+        self.layer = layer
+        self.hidden = hidden
+        self.visual_idx = visual_idx
+        self._query, self._key = query, key  # [H, K, D], rotated
+        self._causal = causal
+        self._layout = layout
+        self._pos_idx = pos_idx
+
+    def text_attention(self, prompt: bool = False) -> Tensor:
+        """[H, T, M] attention of the text's rows to the image; [H, T, K] exists on the way."""
+        return self._attention(self._text_rows(prompt), self._visual_rows)
+
+    def image_attention(self, prompt: bool = False) -> Tensor:
+        """[H, T, M] attention of the image's rows to the text, SCORE_CHUNK rows at a time."""
+        text = self._text_rows(prompt)
+        chunks = self._visual_rows.split(SCORE_CHUNK)
+        return torch.cat([self._attention(rows, text) for rows in chunks], dim=1).mT
+
+    @cached_property
+    def _visual_rows(self) -> Tensor:
+        positions = self._layout.visual_pos_idx(self.visual_idx.device)[self.visual_idx]
+        return TokenLayout.row_idx(self._pos_idx, positions)
+
+    def _text_rows(self, prompt: bool) -> Tensor:
+        span = self._layout.prompt if prompt else self._layout.instruction
+        return TokenLayout.row_idx(self._pos_idx, span.idx(self._pos_idx.device))
+
+    def _attention(self, query_rows: Tensor, key_rows: Tensor) -> Tensor:
+        """[H, Q, M] float32 probabilities; each row is normalised over all K keys."""
+        query = self._query[:, query_rows].float()
+        logits = query @ self._key.float().mT * query.shape[-1] ** -0.5
+        if self._causal:
+            later = torch.arange(logits.shape[-1], device=logits.device) > query_rows[:, None]
+            logits = logits.masked_fill(later, -torch.inf)
+        return logits.softmax(dim=-1)[..., key_rows]
+
+
+def decode(decoder: Decoder, embeds: Tensor, layout: TokenLayout, run: PruneRun) -> Decoded:
+    """Run the decoder, dropping the tokens that `run` does not keep.
+
+    Args:
+        decoder: the layers.
+        embeds: [S, C] input embeddings.
+        layout: of the unpruned sequence.
+        run: decides after every layer.
+
+    Returns:
+        Hidden states after the final norm.
+
+    Raises:
+        PruningError: the run raised, or its keep set is empty or not a subset by its size.
+    """
+    device = embeds.device
+    pos_idx = torch.arange(layout.length, device=device)
+    visual_idx = torch.arange(layout.visual_count, device=device)
+    protected = layout.protected_pos_idx(device)
+    cos, sin = decoder.rotary(pos_idx, embeds.dtype)
+    hidden = embeds
+    for index, layer in enumerate(decoder.layers):
+        hidden, query, key = _layer_forward(layer, hidden, cos, sin, decoder)
+        probe = Probe(
+            index + 1, hidden, query, key, decoder.causal, layout, pos_idx, visual_idx
+        )
+        keep = _ask(run, probe)
+        if keep is None:
+            continue
+        visual_idx = keep
+        kept = torch.cat((protected, layout.visual_pos_idx(device)[keep])).sort().values
+        rows = TokenLayout.row_idx(pos_idx, kept)
+        pos_idx, hidden, cos, sin = kept, hidden[rows], cos[rows], sin[rows]
+    return Decoded(decoder.norm(hidden), pos_idx)
+
+
+def _ask(run: PruneRun, probe: Probe) -> Tensor | None:
+    try:
+        keep = run.after_layer(probe)
+    except Exception as error:  # any fault of a method is a reason to run dense, not to stop
+        raise PruningError(f'layer {probe.layer}: {type(error).__name__}: {error}') from error
+    if keep is not None and not 0 < len(keep) <= len(probe.visual_idx):
+        raise PruningError(
+            f'layer {probe.layer}: keeps {len(keep)} of {len(probe.visual_idx)} visual tokens'
+        )
+    return keep
+
+
+def _layer_forward(
+    layer: nn.Module, hidden: Tensor, cos: Tensor, sin: Tensor, decoder: Decoder
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One pre-norm decoder layer on [K, C]; also its rotated query and key, [H, K, D] each."""
+    attention = layer.self_attn
+    normed = layer.input_layernorm(hidden)
+    query, key, value = (
+        projection(normed).unflatten(-1, (-1, decoder.head_dim)).transpose(0, 1)
+        for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
+    )
+    query, key = _rotate(query, cos, sin), _rotate(key, cos, sin)
+    groups = query.shape[0] // key.shape[0]
+    if groups > 1:  # grouped-query attention
+        key, value = key.repeat_interleave(groups, 0), value.repeat_interleave(groups, 0)
+    mixed = F.scaled_dot_product_attention(
+        query[None], key[None], value[None], is_causal=decoder.causal
+    )[0]
+    hidden = hidden + attention.o_proj(mixed.transpose(0, 1).flatten(1))
+    hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+    return hidden, query, key
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding in the half-rotation convention: element i pairs with i + D/2."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin

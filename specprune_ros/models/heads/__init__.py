@@ -1,0 +1,1 @@
+"""Action heads: hidden states to normalised action chunks."""

@@ -1,0 +1,142 @@
+"""A stand-in of the OpenVLA-OFT architecture, small enough for a CPU, with random weights.
+
+ITS ACTIONS MEAN NOTHING. It exists so that the package runs, is tested and is demonstrated without
+a download: same towers, projector, bidirectional Llama, placeholders and head as the real model,
+at a size that takes tens of milliseconds.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+
+import numpy as np
+import torch
+from torch import nn
+
+from specprune_ros.config import PolicyConfig
+from specprune_ros.errors import ConfigError, MissingDependencyError
+from specprune_ros.models.base import ModelInfo
+from specprune_ros.models.heads.l1 import L1RegressionHead
+from specprune_ros.models.openvla_oft import (
+    Bounds,
+    OpenVLAOFT,
+    Projector,
+    PromptTokens,
+    ProprioProjector,
+    VisionBackbone,
+)
+from specprune_ros.models.vit import TowerConfig
+from specprune_ros.token_layout import Span
+
+MAX_CAMERAS = 4
+WIDTH = 64
+DINO = TowerConfig(width=32, depth=3, heads=2, mlp_width=128, registers=4, layer_scale=True)
+SIGLIP = TowerConfig(width=32, depth=3, heads=2, mlp_width=120, registers=None, layer_scale=False)
+LLAMA = {
+    'hidden_size': WIDTH,
+    'intermediate_size': 176,
+    'num_hidden_layers': 12,
+    'num_attention_heads': 2,
+    'num_key_value_heads': 2,
+    'vocab_size': 1024,
+    'max_position_embeddings': 2048,
+    'rms_norm_eps': 1e-6,
+}
+# Queries and keys this much larger than fan-in scaling make attention peak, as a trained model's.
+ATTENTION_GAIN = 1.6
+
+
+class WordTokenizer:
+    """Stand-in for Llama's tokenizer: one id per word, by hash; the layout is the real prompt's."""
+
+    bos_id, stop_id, end_piece_id, first_word_id = 1, 2, 3, 4
+
+    def prompt(self, instruction: str) -> PromptTokens:
+        """Tokenise the OpenVLA prompt around the instruction."""
+        before = 'In : What action should the robot take to'.split()
+        words = instruction.lower().split()
+        after = ['?', '\n', 'Out', ':']
+        ids = [self._word_id(word) for word in (*before, *words, *after)]
+        start = 1 + len(before)
+        return PromptTokens(
+            (self.bos_id, *ids, self.end_piece_id), Span(start, start + len(words))
+        )
+
+    def _word_id(self, word: str) -> int:
+        free = LLAMA['vocab_size'] - self.first_word_id
+        return self.first_word_id + zlib.crc32(word.encode()) % free
+
+
+def load(config: PolicyConfig, device: torch.device) -> OpenVLAOFT:
+    """Build the stand-in for a robot configuration.
+
+    Raises:
+        ConfigError: not 1 to 4 cameras.
+        MissingDependencyError: transformers is not installed.
+    """
+    robot = config.robot
+    cameras, horizon, actions = robot.camera_names, robot.horizon, len(robot.action_names)
+    if len(cameras) > MAX_CAMERAS:
+        raise ConfigError('robot.camera_names', cameras, f'tiny takes 1 to {MAX_CAMERAS} cameras')
+    proprio_dim = len(robot.joint_names)
+    modules = {
+        'vision_backbone': VisionBackbone(DINO, SIGLIP),
+        'projector': Projector(DINO.width + SIGLIP.width, WIDTH),
+        'language_model': _llama(),
+        'action_head': L1RegressionHead(WIDTH, actions, hidden_width=WIDTH),
+        'proprio_projector': ProprioProjector(proprio_dim, WIDTH) if proprio_dim else None,
+    }
+    generator = torch.Generator().manual_seed(config.model.seed)
+    for module in filter(None, modules.values()):
+        _randomize(module, generator)
+        module.eval().requires_grad_(False).to(device)
+    side = DINO.image_size // DINO.patch_size
+    return OpenVLAOFT(
+        info=ModelInfo(
+            name='tiny (stand-in, random weights: its actions mean nothing)',
+            stand_in=True,
+            cameras=cameras,
+            image_size=(DINO.image_size, DINO.image_size),
+            grid=(side, side),
+            proprio_dim=proprio_dim,
+            horizon=horizon,
+            action_dim=actions,
+            parameters=sum(
+                p.numel() for m in filter(None, modules.values()) for p in m.parameters()
+            ),
+        ),
+        tokenizer=WordTokenizer(),
+        action_bounds=_bounds(actions, 1.0),
+        proprio_bounds=_bounds(proprio_dim, math.pi) if proprio_dim else None,
+        **modules,
+    )
+
+
+def _llama() -> nn.Module:
+    try:
+        from transformers import LlamaConfig, LlamaModel
+    except ImportError as error:
+        raise MissingDependencyError(
+            'transformers', 'the model', 'pip install "transformers>=4.50"'
+        ) from error
+    return LlamaModel(LlamaConfig(**LLAMA))
+
+
+def _randomize(module: nn.Module, generator: torch.Generator) -> None:
+    """Draw all weights by ourselves, so that they do not depend on a library's initialisation."""
+    for name, parameter in sorted(module.named_parameters()):
+        if 'norm' in name or 'scale_factor' in name or name.split('.')[-2:][0] in ('0',):
+            value = torch.full(parameter.shape, float(name.endswith('weight') or 'scale' in name))
+        elif name.endswith('bias'):
+            value = torch.zeros(parameter.shape)
+        else:
+            fan_in = math.prod(parameter.shape[1:]) if parameter.dim() > 1 else WIDTH
+            gain = ATTENTION_GAIN if 'q_proj' in name or 'k_proj' in name else 1.0
+            std = 1.0 if 'embed' in name and 'proj' not in name else gain / math.sqrt(fan_in)
+            value = torch.randn(parameter.shape, generator=generator) * std
+        parameter.data.copy_(value)
+
+
+def _bounds(size: int, limit: float) -> Bounds:
+    return Bounds(np.full(size, -limit), np.full(size, limit), np.ones(size, bool))

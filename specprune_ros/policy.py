@@ -1,0 +1,441 @@
+"""The robot-facing object: observation in, action chunk and report out.
+
+Works without ROS: from a script, a simulator, a server, or `ros/vla_node.py`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from specprune_ros.config import PolicyConfig, PruneConfig
+from specprune_ros.episode import Episode
+from specprune_ros.errors import ActionError, ConfigError, ObservationError, PruningError
+from specprune_ros.models import load_model, pick_device
+from specprune_ros.models.base import Prompt, VLAModel
+from specprune_ros.models.decoder import Decoded, decode
+from specprune_ros.pruning import make_method
+from specprune_ros.pruning.base import KeepAll, PruneRun, PruneTrace, QueryContext
+from specprune_ros.pruning.motion import motion_of
+from specprune_ros.pruning.scores import patch_similarity
+from specprune_ros.types import (
+    ActionChunk,
+    ActionSpace,
+    ExecutedAction,
+    Mode,
+    Observation,
+    PolicyResult,
+    PruneReport,
+)
+
+STAGES = ('preprocess', 'embed', 'decode', 'act')
+NAN = float('nan')
+
+
+class StageClock:
+    """Times the stages of one inference without making the host wait between them."""
+
+    def __init__(self, device: torch.device):
+        self._cuda = device.type == 'cuda'
+        self._start = time.perf_counter()
+        self._marks: list = [self._mark()]
+
+    def lap(self) -> None:
+        """End of a stage."""
+        self._marks.append(self._mark())
+
+    def seconds(self) -> dict[str, float]:
+        """Report field -> seconds. Call after the result is on the host."""
+        pairs = zip(self._marks, self._marks[1:], strict=False)
+        laps = [a.elapsed_time(b) / 1e3 if self._cuda else b - a for a, b in pairs]
+        named = {f'latency_{stage}_s': lap for stage, lap in zip(STAGES, laps, strict=True)}
+        return {**named, 'latency_total_s': time.perf_counter() - self._start}
+
+    def _mark(self):
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+class Policy:
+    """A VLA model with a pruning method; the only owner of episode state.
+
+    Not thread-safe: call it from one thread.
+
+    Args:
+        model: a loaded model.
+        config: all axes.
+
+    Raises:
+        ConfigError: model and robot do not fit, or the method is unknown.
+    """
+
+    def __init__(self, model: VLAModel, config: PolicyConfig):
+        self.model = model
+        self.config = config
+        self._check_fit()
+        self._device = pick_device(config.model.device)
+        self._method = make_method(config.pruning)
+        self._episode = Episode(epoch=1)
+        self._chunks = 0
+
+    @classmethod
+    def load(cls, config: PolicyConfig) -> Policy:
+        """Load the configured model.
+
+        Raises:
+            ConfigError, CheckpointError, MissingDependencyError: see models.load_model.
+        """
+        make_method(config.pruning)  # a typo must not cost the time to load a model
+        return cls(load_model(config), config)
+
+    @property
+    def epoch(self) -> int:
+        """Which episode this is; rises at every reset."""
+        return self._episode.epoch
+
+    def reset(self) -> None:
+        """Forget the episode: frames, V_global, confidence, mode, executed displacement."""
+        self._episode = Episode(epoch=self._episode.epoch + 1)
+
+    def set_pruning(self, pruning: PruneConfig) -> None:
+        """Take other pruning parameters from the next query on; another method forgets V_global.
+
+        Raises:
+            ConfigError: unknown method; nothing changes.
+        """
+        method = make_method(pruning)
+        if method.name != self._method.name:
+            self._episode.memory = None
+        self._method = method
+        self.config = PolicyConfig(
+            robot=self.config.robot,
+            model=self.config.model,
+            pruning=pruning,
+            runtime=self.config.runtime,
+        )
+
+    def warm_up(self) -> None:
+        """Run the configured number of inferences on grey images, then forget them.
+
+        Raises:
+            ActionError: even a grey image gives no finite action.
+        """
+        info = self.model.info
+        grey = np.full((*info.image_size, 3), 127, np.uint8)
+        chunks = self._chunks
+        for _ in range(self.config.runtime.warm_up_queries):
+            proprio = np.zeros(info.proprio_dim) if info.proprio_dim else None
+            self.infer(
+                Observation(
+                    images=dict.fromkeys(info.cameras, grey),
+                    proprio=proprio,
+                    instruction='warm up',
+                    stamp_ns=0,
+                )
+            )
+        self._chunks = chunks
+        self._episode = Episode(epoch=self._episode.epoch)
+
+    def observe_executed(
+        self, action: ExecutedAction | None, images: Mapping[str, np.ndarray] | None = None
+    ) -> None:
+        """Tell the policy that one control step was executed.
+
+        Args:
+            action: what was sent to the robot; None when a step passed but what moved is unknown.
+            images: the cameras' images after the step, if there are any.
+
+        Raises:
+            ObservationError: the action is not finite, or lacks the elements that the robot
+                configuration names; the step counts, motion becomes unknown.
+        """
+        episode = self._episode
+        episode.step += 1
+        if images:
+            episode.frames.push(episode.step, images, processed=False)
+        episode.motion = None
+        if action is None:
+            return
+        translation, rotation = self._displacement(action)
+        episode.displacement = episode.displacement + translation
+        episode.motion = motion_of(translation, rotation)
+        episode.fine = self._method.next_fine(episode.fine, episode.motion)
+
+    def infer(self, observation: Observation) -> PolicyResult:
+        """One query.
+
+        Returns:
+            The chunk and what pruning did. `chunk.stamp_ns` is the observation's: a caller with a
+            clock sets the start of validity.
+
+        Raises:
+            ObservationError: the observation cannot be used; the episode goes on, except that a
+                camera whose size changed starts a new one.
+            ActionError: the model's action is not finite.
+        """
+        clock = StageClock(self._device)
+        self._check(observation)
+        self._begin_query(observation)
+        cameras = self.model.info.cameras
+        images = {name: self.model.preprocess(observation.images[name]) for name in cameras}
+        with torch.inference_mode():
+            frames = self._to_device(images)
+            age, similarity = self._similarity(frames)
+            clock.lap()
+            prompt = self.model.embed(frames, observation.proprio, observation.instruction)
+            clock.lap()
+            context = QueryContext(
+                layout=prompt.layout,
+                depth=len(self.model.decoder.layers),
+                device=self._device,
+                fine=self._episode.fine or self._episode.motion is None,
+                similarity=similarity,
+                memory=self._episode.memory,
+                query=self._episode.query,
+            )
+            decoded, run, fallback = self._decode(prompt, context)
+            clock.lap()
+            head = prompt.layout.head.idx(self._device)
+            normalized = self.model.act(decoded.at(head)).cpu().double().numpy()
+            trace, fallback = self._finish(run, context, fallback)
+            clock.lap()
+        chunk = self._chunk(observation, normalized)
+        report = self._report(chunk, prompt, trace, fallback, age, clock)
+        self._end_query(observation, images)
+        return PolicyResult(chunk=chunk, report=report)
+
+    def _begin_query(self, observation: Observation) -> None:
+        episode = self._episode
+        went_back = episode.stamp_ns is not None and observation.stamp_ns < episode.stamp_ns
+        other_task = episode.instruction not in (None, observation.instruction)
+        if went_back or other_task:
+            self.reset()
+        elif episode.step == episode.step_of_query:
+            # Nobody reports executed actions: the queries themselves count as steps.
+            episode.step += 1
+
+    def _end_query(self, observation: Observation, images: dict[str, np.ndarray]) -> None:
+        episode = self._episode
+        episode.instruction = observation.instruction
+        episode.stamp_ns = observation.stamp_ns
+        episode.frames.push(episode.step, images, processed=True)
+        episode.step_of_query = episode.step
+        episode.displacement = np.zeros(3)
+        episode.query += 1
+
+    def _to_device(self, images: Mapping[str, np.ndarray]) -> Tensor:
+        """[V, Y, X, 3] uint8 in camera order."""
+        stacked = np.stack([images[name] for name in self.model.info.cameras])
+        return torch.from_numpy(stacked).to(self._device)
+
+    def _similarity(self, frames: Tensor) -> tuple[int, Tensor | None]:
+        """The reference frame's age and the [V, N] patch similarity to it."""
+        episode = self._episode
+        wanted = self._method.reference_age(
+            float(np.linalg.norm(episode.displacement)), episode.frames.reach(episode.step)
+        )
+        found = episode.frames.reference(episode.step, wanted, self.model.preprocess)
+        if found is None or any(name not in found[1] for name in self.model.info.cameras):
+            return 0, None
+        age, images = found
+        return age, patch_similarity(frames, self._to_device(images), self.model.info.grid)
+
+    def _decode(
+        self, prompt: Prompt, context: QueryContext
+    ) -> tuple[Decoded, PruneRun, str]:
+        """Decode with pruning, or dense when that fails; also why it failed."""
+        fallback = ''
+        try:
+            run = self._method.begin(context)
+            decoded = decode(self.model.decoder, prompt.embeds, prompt.layout, run)
+        except PruningError as error:
+            fallback = str(error)
+            run = KeepAll(self.config.pruning).begin(context)
+            decoded = decode(self.model.decoder, prompt.embeds, prompt.layout, run)
+        return decoded, run, fallback
+
+    def _finish(
+        self, run: PruneRun, context: QueryContext, fallback: str
+    ) -> tuple[PruneTrace, str]:
+        """Take the run's memory and trace; a fault in them costs the memory, not the action."""
+        try:
+            trace = run.trace()
+            self._episode.memory = run.memory()
+        except Exception as error:  # a method's fault, see models/decoder.py
+            fallback = f'{type(error).__name__}: {error}'
+            trace = PruneRun(context).trace()
+            self._episode.memory = None
+        return trace, fallback
+
+    def _chunk(self, observation: Observation, normalized: np.ndarray) -> ActionChunk:
+        robot = self.config.robot
+        data = self.model.unnormalize(normalized)
+        if not (np.isfinite(normalized).all() and np.isfinite(data).all()):
+            raise ActionError('the model gave an action that is not finite; it was discarded')
+        low, high = (np.array(robot.per_action(name)) for name in ('action_min', 'action_max'))
+        limited = np.clip(data, low, high)
+        self._chunks += 1
+        return ActionChunk(
+            stamp_ns=observation.stamp_ns,
+            observation_stamp_ns=observation.stamp_ns,
+            frame_id=robot.frame_id,
+            step_dt_s=robot.step_dt_s,
+            valid_for_s=robot.step_dt_s * len(data),
+            chunk_id=self._chunks,
+            epoch=self._episode.epoch,
+            space=ActionSpace[robot.action_space.upper()],
+            names=robot.action_names,
+            units=robot.per_action('action_units'),
+            data=limited,
+            normalized=normalized,
+            clamped=int((limited != data).sum()),
+            dry_run=self.config.runtime.dry_run,
+            stand_in=self.model.info.stand_in,
+        )
+
+    def _report(
+        self,
+        chunk: ActionChunk,
+        prompt: Prompt,
+        trace: PruneTrace,
+        fallback: str,
+        age: int,
+        clock: StageClock,
+    ) -> PruneReport:
+        episode, motion, layout = self._episode, self._episode.motion, prompt.layout
+        cameras = len(layout.cameras)
+        gone = trace.pruned_after_layer.cpu().numpy()
+        static = ((gone == 0) | (gone > trace.static_layer)).sum(axis=1)
+        sizes = {
+            'grid_rows': cameras * [layout.grid[0]],
+            'grid_cols': cameras * [layout.grid[1]],
+            'tokens_total': cameras * [layout.patches],
+            'tokens_static': static,
+            'tokens_kept': (gone == 0).sum(axis=1),
+            'layer_index': trace.layer_index,
+            'layer_tokens': trace.layer_tokens,
+        }
+        return PruneReport(
+            stamp_ns=chunk.observation_stamp_ns,
+            chunk_id=chunk.chunk_id,
+            epoch=chunk.epoch,
+            method=self._method.name,
+            budget=trace.budget,
+            alpha=self.config.pruning.alpha,
+            mode=Mode.FALLBACK if fallback else trace.mode,
+            mode_reason=trace.mode_reason or self._mode_reason(),
+            fallback_reason=fallback,
+            translation_speed=motion.translation_speed if motion else NAN,
+            rotation_speed=motion.rotation_speed if motion else NAN,
+            vertical_displacement=motion.vertical if motion else NAN,
+            chunk_displacement=float(np.linalg.norm(episode.displacement)),
+            reference_age=age,
+            cameras=layout.cameras,
+            **{name: np.asarray(values, np.uint32) for name, values in sizes.items()},
+            recall=np.full(cameras, NAN) if trace.recall is None else _host(trace.recall),
+            reason=trace.reason.cpu().numpy().reshape(-1),
+            pruned_after_layer=gone.reshape(-1),
+            layer_confidence=np.zeros(0) if trace.confidence is None else _host(trace.confidence),
+            sequence_tokens=layout.length,
+            stand_in=chunk.stand_in,
+            **clock.seconds(),
+        )
+
+    def _mode_reason(self) -> str:
+        motion = self._episode.motion
+        if motion is None:
+            return 'no executed action is known: prune gently'
+        return (
+            f'v_t {motion.translation_speed:.2f}, v_r {motion.rotation_speed:.2f}, '
+            f'dz {motion.vertical:+.2f}'
+        )
+
+    def _displacement(self, action: ExecutedAction) -> tuple[np.ndarray, np.ndarray]:
+        """Executed [3] translation and [3] rotation, unit 1."""
+        robot = self.config.robot
+        values = dict(zip(action.names, np.asarray(action.data, float), strict=False))
+        wanted = (*robot.translation_names, *robot.rotation_names)
+        missing = [name for name in wanted if name not in values]
+        if missing:
+            raise ObservationError(
+                'action_names', 'executed_action.names', action.names, f'lacks {missing}'
+            )
+        picked = np.array([values[name] for name in wanted])
+        if not np.isfinite(picked).all():
+            raise ObservationError(
+                'action_not_finite', 'executed_action.data', list(action.data), 'must be finite'
+            )
+        translation, rotation = picked[:3], picked[3:]
+        return translation / robot.translation_scale, rotation / robot.rotation_scale
+
+    def _check_fit(self) -> None:
+        robot, info = self.config.robot, self.model.info
+        fits = {
+            'camera_names': (robot.camera_names, info.cameras),
+            'horizon': (robot.horizon, info.horizon),
+            'action_names': (len(robot.action_names), info.action_dim),
+            'joint_names': (len(robot.joint_names), info.proprio_dim),
+        }
+        for name, (got, needed) in fits.items():
+            if got != needed:
+                raise ConfigError(
+                    f'robot.{name}', getattr(robot, name), f'{info.name} needs {needed}'
+                )
+        for name in ('translation_names', 'rotation_names'):
+            if len(getattr(robot, name)) != 3:
+                raise ConfigError(f'robot.{name}', getattr(robot, name), 'needs 3 names')
+
+    def _check(self, observation: Observation) -> None:
+        if not observation.instruction.strip():
+            raise ObservationError(
+                'instruction_empty', 'instruction', observation.instruction, 'must say a task'
+            )
+        for name in self.model.info.cameras:
+            self._check_image(name, observation.images.get(name))
+        self._check_proprio(observation.proprio)
+
+    def _check_image(self, name: str, image: np.ndarray | None) -> None:
+        field = f'cameras/{name}'
+        if image is None:
+            raise ObservationError('camera_missing', field, None, 'no image of this camera')
+        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+            got = f'{image.dtype} {image.shape}'
+            raise ObservationError('image_shape', field, got, 'must be uint8 [rows, cols, 3]')
+        size = image.shape[:2]
+        if 0 in size:
+            raise ObservationError('image_empty', field, size, 'the image has no pixels')
+        before = self._episode.sizes.setdefault(name, size)
+        if size != before:
+            self.reset()
+            raise ObservationError(
+                'camera_resized',
+                field,
+                size,
+                f'the size (rows, cols) was {before}: the episode starts anew with this one',
+            )
+
+    def _check_proprio(self, proprio: np.ndarray | None) -> None:
+        width = self.model.info.proprio_dim
+        if not width:
+            return
+        if proprio is None:
+            raise ObservationError('joint_missing', 'joint_states', None, 'no joint state')
+        if len(proprio) != width:
+            raise ObservationError(
+                'joint_width', 'joint_states', list(proprio), f'must hold {width} positions'
+            )
+        if not np.isfinite(proprio).all():
+            raise ObservationError(
+                'joint_not_finite', 'joint_states', list(proprio), 'must be finite'
+            )
+
+
+def _host(tensor: Tensor) -> np.ndarray:
+    return tensor.cpu().double().numpy()

@@ -1,0 +1,156 @@
+"""The contract between pruning methods and the decoder.
+
+A method never sees a model, a model never sees a method. One inference:
+
+    run = method.begin(context)
+    for each decoder layer:  keep = run.after_layer(probe)     (decoder.decode calls this)
+    memory = run.memory()     what the next query of the episode may read; Policy keeps it
+    trace = run.trace()       what happened, for the report
+
+A method names patches by `visual_idx` and can name nothing else: BOS, proprio, text, action
+placeholders and the stop token cannot be pruned.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from specprune_ros.config import PruneConfig
+from specprune_ros.pruning.motion import Motion
+from specprune_ros.token_layout import TokenLayout
+from specprune_ros.types import Mode
+
+
+class LayerProbe(Protocol):
+    """What a run may look at after a decoder layer; nothing is computed until it is asked for."""
+
+    layer: int  # 1-based
+    visual_idx: Tensor  # [M] ascending, the visual tokens that this layer saw
+    hidden: Tensor  # [K, C] the layer's output
+
+    def text_attention(self, prompt: bool = False) -> Tensor:
+        """[H, T, M] attention of the instruction's (or the whole prompt's) rows to the image."""
+
+    def image_attention(self, prompt: bool = False) -> Tensor:
+        """[H, T, M] attention of the image's rows to the instruction (or prompt), transposed."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class QueryContext:
+    """All that a method may know before the decoder starts.
+
+    Attributes:
+        layout: the query's sequence.
+        depth: decoder layers.
+        device: where the decoder runs.
+        fine: the controller's mode.
+        similarity: [V, N] patch similarity to the reference frame, or None without one.
+        memory: what the last run of this episode returned; None at its first query.
+        query: 0-based count of this episode's queries.
+    """
+
+    layout: TokenLayout
+    depth: int
+    device: torch.device
+    fine: bool
+    similarity: Tensor | None
+    memory: object | None
+    query: int
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class PruneTrace:
+    """What one run did.
+
+    Attributes:
+        mode: how hard it pruned.
+        mode_reason: why, when the method itself decided; empty leaves it to the controller.
+        budget: 'union', 'fixed' or '' where that means nothing.
+        reason: [V, N] uint8 of types.Reason bits.
+        pruned_after_layer: [V, N] uint8, 1-based layer; 0 for patches that survived.
+        static_layer: layers up to this one count as static pruning.
+        layer_index, layer_tokens: layers after which tokens went, and the visual tokens left.
+        recall: [V] Eq. 1 against the last query, or None.
+        confidence: [depth] Eq. 8, or None.
+    """
+
+    mode: Mode
+    mode_reason: str
+    budget: str
+    reason: Tensor
+    pruned_after_layer: Tensor
+    static_layer: int = 0
+    layer_index: list[int] = field(default_factory=list)
+    layer_tokens: list[int] = field(default_factory=list)
+    recall: Tensor | None = None
+    confidence: Tensor | None = None
+
+
+class PruneRun:
+    """One inference that keeps everything; methods override what they change."""
+
+    def __init__(self, context: QueryContext):
+        self.context = context
+
+    def after_layer(self, probe: LayerProbe) -> Tensor | None:
+        """Choose what stays after a decoder layer.
+
+        Returns:
+            Ascending `visual_idx`, a subset of `probe.visual_idx`; None keeps all.
+        """
+        return None
+
+    def memory(self) -> object | None:
+        """What the next query of this episode may read."""
+        return None
+
+    def trace(self) -> PruneTrace:
+        """What this run did; called once, after the last layer."""
+        shape = (len(self.context.layout.cameras), self.context.layout.patches)
+        nothing = torch.zeros(shape, dtype=torch.uint8)
+        return PruneTrace(
+            mode=Mode.DENSE,
+            mode_reason='nothing is pruned',
+            budget='',
+            reason=nothing,
+            pruned_after_layer=nothing,
+        )
+
+
+class PruneMethod:
+    """A pruning method: stateless, built once from the configuration.
+
+    Attributes:
+        name: key in pruning.METHODS.
+    """
+
+    name: ClassVar[str]
+
+    def __init__(self, config: PruneConfig):
+        self.config = config
+
+    def reference_age(self, displacement: float, available: int) -> int:
+        """How many control steps back the frame to compare with is; 0 compares with none."""
+        return 0
+
+    def next_fine(self, fine: bool, motion: Motion) -> bool:
+        """The controller's mode after one more executed action."""
+        return False
+
+    def begin(self, context: QueryContext) -> PruneRun:
+        """Start one inference."""
+        raise NotImplementedError
+
+
+class KeepAll(PruneMethod):
+    """`none`: the dense model."""
+
+    name = 'none'
+
+    def begin(self, context: QueryContext) -> PruneRun:
+        """Start one inference that prunes nothing."""
+        return PruneRun(context)

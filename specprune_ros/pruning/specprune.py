@@ -1,0 +1,254 @@
+"""SpecPrune-VLA: static pruning per action, dynamic pruning per layer, action-aware control.
+
+Source: SpecPrune-VLA v3 (arXiv 2509.05614), sections 4 to 6, A.3, A.6.2. Where the paper is silent
+or differs from the released code, each choice is a field of PruneConfig.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from specprune_ros.config import PruneConfig
+from specprune_ros.pruning import scores
+from specprune_ros.pruning.base import LayerProbe, PruneMethod, PruneRun, PruneTrace, QueryContext
+from specprune_ros.pruning.budget import (
+    STATIC_LAYER,
+    fixed_count,
+    k_budget,
+    layer_keep_count,
+    scale_layers,
+    select_fixed,
+    select_union,
+)
+from specprune_ros.pruning.motion import Motion, next_fine, reference_age
+from specprune_ros.types import Mode, Reason
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """1-based layers at which something happens, for one decoder depth."""
+
+    prune: tuple[int, ...]
+    update: frozenset[int]
+    important: tuple[int, ...]
+
+    @classmethod
+    def of(cls, config: PruneConfig, depth: int) -> Schedule:
+        """Scale the configured layers to a decoder of `depth` layers.
+
+        The first prune layer never directly follows static pruning: some layer between must have
+        updated the scores (Alg. 1 updates where it does not prune).
+        """
+        prune = scale_layers(config.prune_layers, depth, first=STATIC_LAYER + 2)
+        important = scale_layers(config.global_layers, depth, first=1)
+        last = max(prune, default=0)
+        update = frozenset(range(STATIC_LAYER + 1, last)) - frozenset(prune)
+        return cls(prune=prune, update=update, important=important)
+
+
+@dataclass(frozen=True, eq=False)
+class Memory:
+    """What one query leaves to the next.
+
+    Attributes:
+        global_rank: [V, N], rank in V_global; infinity outside it.
+        confidence: [depth] omega_conf of every layer, from the episode's first query.
+    """
+
+    global_rank: Tensor
+    confidence: Tensor
+
+
+class SpecPruneRun(PruneRun):
+    """One inference of SpecPrune-VLA."""
+
+    def __init__(self, config: PruneConfig, context: QueryContext):
+        super().__init__(context)
+        self._config = config
+        self._schedule = Schedule.of(config, context.depth)
+        self._k = k_budget(config, context.fine)
+        self._shape = (len(context.layout.cameras), context.layout.patches)
+        refresh = config.dense_every and context.query % config.dense_every == 0
+        self._dense = context.memory is None or bool(refresh)
+        self._budget = config.budget
+        if self._budget == 'auto':
+            self._budget = 'fixed' if context.device.type == 'cuda' else 'union'
+        new = {'device': context.device}
+        self._local_rank = torch.full(self._shape, torch.inf, **new)
+        self._local_score = torch.zeros(self._shape, **new)
+        self._ema: Tensor | None = None
+        self._important: list[Tensor] = []  # [V, N] score of each global layer
+        self._entropy: list[Tensor] = []
+        self._reason = torch.zeros(self._shape, dtype=torch.uint8, **new)
+        self._gone = torch.zeros(self._shape, dtype=torch.uint8, **new).flatten()
+        self._counts: list[tuple[int, int]] = []
+
+    def after_layer(self, probe: LayerProbe) -> Tensor | None:
+        """Score, and prune after layer 2 (static) and after the prune layers (dynamic)."""
+        layer, schedule = probe.layer, self._schedule
+        prunes = not self._dense and layer in schedule.prune
+        keep = None
+        if self._dense:
+            self._entropy.append(scores.attention_entropy(self._text_attention(probe)))
+        elif layer <= STATIC_LAYER:
+            self._collect_local(probe)
+            if layer == STATIC_LAYER:
+                keep = self._select_static()
+        elif layer in schedule.update:
+            self._update_scores(probe)
+        if layer in schedule.important:
+            self._important.append(self._score_grid(probe))
+        if prunes:
+            keep = self._select_dynamic(probe.visual_idx)
+        if keep is not None:
+            self._record(layer, probe.visual_idx, keep)
+        return keep
+
+    def memory(self) -> Memory:
+        """V_global for the next query, and the layers' confidence."""
+        confidence = (
+            scores.layer_confidence(torch.stack(self._entropy))
+            if self._entropy
+            else self._memory.confidence
+        )
+        return Memory(global_rank=self._next_global_rank(), confidence=confidence)
+
+    def trace(self) -> PruneTrace:
+        """What this run did."""
+        last = self.context.memory
+        now = self.memory()
+        if self._dense:
+            first = last is None
+            mode, why = Mode.DENSE, 'first query of the episode' if first else 'periodic refresh'
+        else:
+            mode, why = (Mode.FINE if self.context.fine else Mode.COARSE), ''
+        return PruneTrace(
+            mode=mode,
+            mode_reason=why,
+            budget=self._budget,
+            reason=self._reason,
+            pruned_after_layer=self._gone.view(self._shape),
+            static_layer=STATIC_LAYER,
+            layer_index=[layer for layer, _ in self._counts],
+            layer_tokens=[count for _, count in self._counts],
+            recall=None
+            if last is None
+            else scores.recall(last.global_rank.isfinite(), now.global_rank.isfinite()),
+            confidence=now.confidence,
+        )
+
+    @property
+    def _memory(self) -> Memory:
+        return self.context.memory
+
+    def _text_attention(self, probe: LayerProbe) -> Tensor:
+        return probe.text_attention(prompt=self._config.score_text == 'prompt')
+
+    def _attention(self, probe: LayerProbe) -> Tensor:
+        """[H, T, M] in the configured direction (Eq. 2)."""
+        if self._config.score_direction == 'image_to_text':
+            return probe.image_attention(prompt=self._config.score_text == 'prompt')
+        return self._text_attention(probe)
+
+    def _score_grid(self, probe: LayerProbe) -> Tensor:
+        """[V, N] score of the tokens alive, -inf for pruned ones."""
+        score = scores.attention_score(self._attention(probe))
+        grid = torch.full(self._shape, -torch.inf, device=score.device).flatten()
+        return grid.scatter_(0, probe.visual_idx, score).view(self._shape)
+
+    def _collect_local(self, probe: LayerProbe) -> None:
+        """V_local: union of the top K_local of layers 1 and 2 (section 4.1.3)."""
+        grid = self._score_grid(probe)
+        rank = scores.top_k_rank(grid, self._k.k_local)
+        self._local_rank = torch.minimum(self._local_rank, rank)
+        self._local_score = self._local_score + grid
+
+    def _select_static(self) -> Tensor:
+        """V_retain after layer 2, as ascending visual_idx; remembers each patch's reasons."""
+        global_rank = self._memory.global_rank
+        similarity = self.context.similarity
+        if similarity is None:
+            similarity = torch.ones(self._shape, device=global_rank.device)
+        changed = scores.changed_patches(
+            similarity, self._config.similarity_threshold, self._k.k_dynamic
+        )
+        sets = {
+            Reason.GLOBAL: global_rank.isfinite(),
+            Reason.DYNAMIC: changed,
+            Reason.LOCAL: self._local_rank.isfinite(),
+        }
+        if self._budget == 'union':
+            keep, filler = select_union(*sets.values())
+        else:
+            keep, filler = select_fixed(
+                fixed_count(self._config, self.context.fine, self._shape[1]),
+                global_rank=global_rank,
+                dynamic_set=changed,
+                local_rank=self._local_rank,
+                similarity=similarity,
+                local_score=self._local_score,
+            )
+        for reason, members in {**sets, Reason.FILL: filler}.items():
+            self._reason += members.to(torch.uint8) * int(reason)
+        return keep
+
+    def _update_scores(self, probe: LayerProbe) -> None:
+        """S_i <- (1 - beta) S_i + beta omega_rank omega_conf (Eqs. 5, 9)."""
+        per_head = self._attention(probe).float().mean(dim=1)
+        weight = scores.rank_weight(per_head, self._config.rank_slope)
+        score = weight * self._memory.confidence[probe.layer - 1]
+        previous = torch.zeros_like(score) if self._ema is None else self._ema
+        self._ema = scores.ema(previous, score, self._config.ema_rate)
+
+    def _select_dynamic(self, alive: Tensor) -> Tensor:
+        """The floor(gamma n) best scores, as ascending visual_idx (section 5.2)."""
+        count = layer_keep_count(self._config.layer_keep_ratio, len(alive))
+        rows = self._ema.argsort(descending=True, stable=True)[:count].sort().values
+        self._ema = self._ema[rows]
+        return alive[rows]
+
+    def _record(self, layer: int, alive: Tensor, keep: Tensor) -> None:
+        went = torch.zeros_like(self._gone)
+        went.index_fill_(0, alive, layer).index_fill_(0, keep, 0)
+        self._gone += went
+        self._counts.append((layer, len(keep)))
+
+    def _next_global_rank(self) -> Tensor:
+        """V_global: top K_global of layers 15 and 32, fused (section 4.1.1).
+
+        Only surviving tokens have scores; a pruned one comes back through V_local or V_dynamic.
+        differs: the paper does not say how the two layers are fused; `union` is what reaches its
+        Table 8.
+        """
+        if self._config.global_fusion == 'mean':
+            fused = torch.stack(self._important).mean(dim=0)
+            return scores.top_k_rank(fused, self._k.k_global)
+        ranks = [scores.top_k_rank(grid, self._k.k_global) for grid in self._important]
+        return torch.stack(ranks).amin(dim=0)
+
+
+class SpecPrune(PruneMethod):
+    """Training-free two-level pruning with a controller that reads executed motion."""
+
+    name = 'specprune'
+
+    def reference_age(self, displacement: float, available: int) -> int:
+        """T of section 4.1.2."""
+        return reference_age(displacement, available)
+
+    def next_fine(self, fine: bool, motion: Motion) -> bool:
+        """Fine or coarse, section 6.2."""
+        return next_fine(
+            fine,
+            motion,
+            translation_threshold=self.config.translation_threshold,
+            rotation_threshold=self.config.rotation_threshold,
+            hysteresis=self.config.hysteresis,
+        )
+
+    def begin(self, context: QueryContext) -> SpecPruneRun:
+        """Start one inference."""
+        return SpecPruneRun(self.config, context)
