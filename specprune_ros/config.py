@@ -243,7 +243,7 @@ class RuntimeConfig:
     )
     warm_up_queries: int = setting(2, 'inferences on grey images at configure', low=0, high=100)
     overlay_opacity: float = setting(
-        0.55, 'how strongly the overlay colours patches', low=0.0, high=1.0, unit='1', live=True
+        0.45, 'how strongly the overlay colours patches', low=0.0, high=1.0, unit='1', live=True
     )
     dry_run: bool = setting(True, 'mark every chunk as not to be executed')
 
@@ -317,13 +317,17 @@ def from_mapping(values: Mapping[str, object], base: PolicyConfig | None = None)
             hint = f', did you mean {near[0]!r}?' if near else ''
             raise ConfigError(name, value, f'unknown parameter{hint}')
         axis, _, key = name.partition('.')
+        kind = AXES[axis].__dataclass_fields__[key].type
         if isinstance(value, (list, tuple)):
-            value = tuple(element for element in value if element != '')
-        elif AXES[axis].__dataclass_fields__[key].type == 'float' and type(value) is int:
-            value = float(value)
-        changes[axis][key] = value
+            value = tuple(_plain(element, kind) for element in value if element != '')
+        changes[axis][key] = _plain(value, kind)
     axes = {name: dataclasses.replace(getattr(base, name), **changes[name]) for name in AXES}
     return PolicyConfig(**axes)
+
+
+def _plain(value: object, kind: str) -> object:
+    """YAML's 1 for a float parameter is 1.0."""
+    return float(value) if 'float' in kind and type(value) is int else value
 
 
 def parameter_names() -> list[str]:

@@ -8,15 +8,17 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from specprune_ros.errors import ObservationError
+from specprune_ros.images import CameraImage
 from specprune_ros.pruning.motion import MAX_REFERENCE_AGE, Motion
 
-Preprocess = Callable[[np.ndarray], np.ndarray]
+Preprocess = Callable[[np.ndarray | CameraImage], np.ndarray]
 
 
 @dataclass(eq=False)
 class _Frame:
     step: int
-    images: dict[str, np.ndarray]
+    images: dict[str, np.ndarray | CameraImage]
     processed: bool
 
 
@@ -30,11 +32,12 @@ class FrameHistory:
     def __init__(self, depth: int = MAX_REFERENCE_AGE + 1):
         self._frames: deque[_Frame] = deque(maxlen=depth)
 
-    def push(self, step: int, images: Mapping[str, np.ndarray], *, processed: bool) -> None:
-        """Keep the images of a control step; a second push of a step replaces the first."""
-        if self._frames and self._frames[-1].step == step:
-            self._frames.pop()
-        self._frames.append(_Frame(step, dict(images), processed))
+    def push(
+        self, step: int, images: Mapping[str, np.ndarray | CameraImage], *, processed: bool
+    ) -> None:
+        """Keep the images of a control step; a step that has images already keeps those."""
+        if not self._frames or self._frames[-1].step < step:
+            self._frames.append(_Frame(step, dict(images), processed))
 
     def reach(self, step: int) -> int:
         """How many control steps before `step` the oldest frame is; 0 without one."""
@@ -46,14 +49,19 @@ class FrameHistory:
         """The newest frame that is at least `age` steps older than `step`, else the oldest.
 
         Returns:
-            Its true age and its images at the model's size; None when no frame is older.
+            Its true age and its images at the model's size; None when no frame is older, or when
+            the frame turns out not to decode (it is then forgotten).
         """
         older = [frame for frame in self._frames if frame.step < step]
         if not older or age <= 0:
             return None
         frame = next((f for f in reversed(older) if step - f.step >= age), older[0])
         if not frame.processed:
-            frame.images = {name: preprocess(image) for name, image in frame.images.items()}
+            try:
+                frame.images = {name: preprocess(image) for name, image in frame.images.items()}
+            except ObservationError:
+                self._frames.remove(frame)
+                return None
             frame.processed = True
         return step - frame.step, frame.images
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from specprune_ros.config import PolicyConfig, PruneConfig
 from specprune_ros.episode import Episode
 from specprune_ros.errors import ActionError, ConfigError, ObservationError, PruningError
+from specprune_ros.images import CameraImage, as_rgb
 from specprune_ros.models import load_model, pick_device
 from specprune_ros.models.base import Prompt, VLAModel
 from specprune_ros.models.decoder import Decoded, decode
@@ -144,22 +145,25 @@ class Policy:
         self._episode = Episode(epoch=self._episode.epoch)
 
     def observe_executed(
-        self, action: ExecutedAction | None, images: Mapping[str, np.ndarray] | None = None
+        self,
+        action: ExecutedAction | None,
+        images: Mapping[str, np.ndarray | CameraImage] | None = None,
     ) -> None:
         """Tell the policy that one control step was executed.
 
         Args:
             action: what was sent to the robot; None when a step passed but what moved is unknown.
-            images: the cameras' images after the step, if there are any.
+            images: the newest camera images when it was sent, if there are any. They are decoded
+                only if a query compares with them, so a caller hands them over as they came.
 
         Raises:
             ObservationError: the action is not finite, or lacks the elements that the robot
                 configuration names; the step counts, motion becomes unknown.
         """
         episode = self._episode
-        episode.step += 1
         if images:
             episode.frames.push(episode.step, images, processed=False)
+        episode.step += 1
         episode.motion = None
         if action is None:
             return
@@ -181,10 +185,9 @@ class Policy:
             ActionError: the model's action is not finite.
         """
         clock = StageClock(self._device)
-        self._check(observation)
+        images = self._checked_images(observation)
         self._begin_query(observation)
-        cameras = self.model.info.cameras
-        images = {name: self.model.preprocess(observation.images[name]) for name in cameras}
+        images = {name: self.model.preprocess(image) for name, image in images.items()}
         with torch.inference_mode():
             frames = self._to_device(images)
             age, similarity = self._similarity(frames)
@@ -241,7 +244,9 @@ class Policy:
         wanted = self._method.reference_age(
             float(np.linalg.norm(episode.displacement)), episode.frames.reach(episode.step)
         )
-        found = episode.frames.reference(episode.step, wanted, self.model.preprocess)
+        found = episode.frames.reference(
+            episode.step, wanted, lambda image: self.model.preprocess(as_rgb(image))
+        )
         if found is None or any(name not in found[1] for name in self.model.info.cameras):
             return 0, None
         age, images = found
@@ -392,28 +397,36 @@ class Policy:
             if len(getattr(robot, name)) != 3:
                 raise ConfigError(f'robot.{name}', getattr(robot, name), 'needs 3 names')
 
-    def _check(self, observation: Observation) -> None:
+    def _checked_images(self, observation: Observation) -> dict[str, np.ndarray]:
+        """All cameras' RGB images, in model order, after every check of the observation."""
         if not observation.instruction.strip():
             raise ObservationError(
                 'instruction_empty', 'instruction', observation.instruction, 'must say a task'
             )
-        for name in self.model.info.cameras:
-            self._check_image(name, observation.images.get(name))
         self._check_proprio(observation.proprio)
+        images = {}
+        for name in self.model.info.cameras:
+            if name not in observation.images:
+                raise ObservationError(
+                    'camera_missing', f'cameras/{name}', None, 'no image of this camera'
+                )
+            images[name] = as_rgb(observation.images[name])
+            self._check_image(name, images[name])
+        return images
 
-    def _check_image(self, name: str, image: np.ndarray | None) -> None:
+    def _check_image(self, name: str, image: np.ndarray) -> None:
         field = f'cameras/{name}'
-        if image is None:
-            raise ObservationError('camera_missing', field, None, 'no image of this camera')
         if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
             got = f'{image.dtype} {image.shape}'
             raise ObservationError('image_shape', field, got, 'must be uint8 [rows, cols, 3]')
         size = image.shape[:2]
         if 0 in size:
             raise ObservationError('image_empty', field, size, 'the image has no pixels')
-        before = self._episode.sizes.setdefault(name, size)
+        before = self._episode.sizes.get(name, size)
         if size != before:
             self.reset()
+        self._episode.sizes[name] = size
+        if size != before:
             raise ObservationError(
                 'camera_resized',
                 field,

@@ -47,17 +47,20 @@ class Observation:
     """All that one inference reads.
 
     Attributes:
-        images: camera name -> [H, W, 3] uint8 RGB, any size.
+        images: camera name -> [H, W, 3] uint8 RGB of any size, or an images.CameraImage, which is
+            decoded when it is needed.
         proprio: [P] joint positions in the order of `RobotConfig.joint_names` (rad or m), or None
             for a robot without proprioception.
         instruction: what to do, in the user's words.
         stamp_ns: stamp of the oldest input.
+        image_stamps_ns: camera -> its image's stamp, where a caller knows them.
     """
 
-    images: Mapping[str, np.ndarray]
+    images: Mapping[str, np.ndarray | object]
     proprio: np.ndarray | None
     instruction: str
     stamp_ns: int
+    image_stamps_ns: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -1,0 +1,50 @@
+"""The ROS-free face: `pip install -e .` gives the policy library and the `specprune` command.
+
+colcon does not use this file: package.xml makes this an ament_cmake package (CMakeLists.txt).
+torch is named nowhere here, so that a robot keeps the build that fits its GPU; see README.md.
+"""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).resolve().parent
+VERSION = re.search(
+    r"^__version__ = '(.+)'$", (ROOT / 'specprune_ros/__init__.py').read_text(), re.MULTILINE
+).group(1)
+
+
+def config_files() -> list[tuple[str, list[str]]]:
+    """The files of config/, for the folder below the prefix where colcon puts them too."""
+    folders: dict[str, list[str]] = {}
+    for path in sorted((ROOT / 'config').rglob('*.*ml')):
+        relative = path.relative_to(ROOT)
+        folders.setdefault(f'share/specprune_ros/{relative.parent}', []).append(str(relative))
+    return list(folders.items())
+
+
+setup(
+    name='specprune_ros',
+    version=VERSION,
+    description='Vision-Language-Action models on a robot, fast, by pruning visual tokens.',
+    license='Apache-2.0',
+    python_requires='>=3.10',
+    packages=find_packages(include=['specprune_ros', 'specprune_ros.*']),
+    data_files=config_files(),
+    entry_points={'console_scripts': ['specprune = specprune_ros.cli:main']},
+    install_requires=[
+        'matplotlib',
+        'numpy',
+        'opencv-python-headless',
+        'pyyaml',
+        'rich',
+        'rosbags>=0.11',
+        'safetensors',
+    ],
+    extras_require={
+        'model': ['transformers>=4.50'],
+        # pytest 9 drops a hook that launch_testing's plugin uses: every pytest run would die.
+        'test': ['hypothesis', 'pytest>=7,<9', 'pytest-timeout', 'ruff'],
+    },
+)

@@ -1,0 +1,73 @@
+"""Arguments that several commands share."""
+
+from __future__ import annotations
+
+import argparse
+
+import yaml
+
+from specprune_ros.config import PolicyConfig, load_config
+from specprune_ros.errors import ConfigError
+from specprune_ros.recordings import Recording, open_recording
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """`--params` and `--set`."""
+    parser.add_argument(
+        '--params',
+        action='append',
+        default=[],
+        metavar='FILE',
+        help='parameter file, or one that ships, e.g. pruning/specprune; may be repeated',
+    )
+    parser.add_argument(
+        '--set',
+        action='append',
+        default=[],
+        metavar='NAME=VALUE',
+        help='one parameter, e.g. pruning.alpha=0.6; may be repeated',
+    )
+
+
+def config_from(arguments: argparse.Namespace) -> PolicyConfig:
+    """The configuration that the arguments name.
+
+    Raises:
+        ConfigError: a file, name or value is bad.
+    """
+    overrides = {}
+    for text in arguments.set:
+        name, equals, value = text.partition('=')
+        if not equals:
+            raise ConfigError('--set', text, 'must look like pruning.alpha=0.6')
+        overrides[name.strip()] = yaml.safe_load(value)
+    return load_config(arguments.params or ['models/tiny'], overrides)
+
+
+def add_recording_arguments(parser: argparse.ArgumentParser) -> None:
+    """The recording and how to read it."""
+    parser.add_argument('recording', help='rosbag2 folder or file, .npz observation, or video')
+    parser.add_argument(
+        '--camera',
+        action='append',
+        default=[],
+        metavar='NAME[=TOPIC]',
+        help='camera of a bag by its topic, or the name for a video; may be repeated',
+    )
+    parser.add_argument('--instruction', default='', help="the task instead of the recording's")
+
+
+def recording_from(arguments: argparse.Namespace) -> Recording:
+    """The recording that the arguments name.
+
+    Raises:
+        RecordingError: it cannot be read.
+    """
+    topics = dict(text.split('=', 1) for text in arguments.camera if '=' in text)
+    names = [text for text in arguments.camera if '=' not in text]
+    return open_recording(
+        arguments.recording,
+        cameras=topics,
+        camera=names[0] if names else 'side',
+        instruction=arguments.instruction,
+    )

@@ -1,0 +1,44 @@
+"""Play a recording as ROS topics: cameras, joint states, executed actions, instruction."""
+
+from __future__ import annotations
+
+import argparse
+
+from specprune_ros.cli.options import add_recording_arguments, recording_from
+from specprune_ros.errors import MissingDependencyError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    add_recording_arguments(parser)
+    parser.add_argument('--rate', type=float, default=1.0, help='speed, 1 is as recorded')
+    parser.add_argument('--loop', action='store_true', help='start again at the end')
+    parser.add_argument('--transport', choices=('raw', 'compressed'), default='raw')
+    parser.add_argument('--ros-args', nargs=argparse.REMAINDER, default=[], help='passed to rclpy')
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command."""
+    recording = recording_from(arguments)  # fails before any ROS starts
+    try:
+        from specprune_ros.ros import replay_node
+    except ImportError as error:
+        raise MissingDependencyError(
+            error.name or 'rclpy',
+            'replay',
+            'source a ROS 2 workspace that holds specprune_ros, or `. scripts/env.sh`',
+        ) from error
+    values = {
+        'recording': recording.path,
+        'rate': float(arguments.rate),
+        'loop': str(arguments.loop).lower(),
+        'transport': arguments.transport,
+        'instruction': arguments.instruction,
+        'camera': recording.cameras[0],
+        'exit_at_end': 'true',
+    }
+    ros_args = ['--ros-args']
+    for name, value in values.items():
+        if value != '':
+            ros_args += ['-p', f'{name}:={value}']
+    return replay_node.main([*ros_args, *arguments.ros_args])

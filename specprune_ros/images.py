@@ -1,0 +1,143 @@
+"""Camera images of any common encoding to RGB arrays, without ROS and without cv_bridge.
+
+Works on the fields of sensor_msgs/Image and CompressedImage, wherever they come from: rclpy, a bag
+reader, a test. OpenCV converts what NumPy cannot; cv_bridge is not used, because its apt build
+fails under NumPy 2 and misreads padded rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+
+from specprune_ros.errors import ObservationError
+
+# encoding -> bytes per pixel, OpenCV conversion to RGB (None: channels are picked by NumPy)
+_CHANNELS = {'rgb8': 3, 'bgr8': 3, 'rgba8': 4, 'bgra8': 4, 'mono8': 1, '8UC1': 1, '8UC3': 3}
+_CONVERSIONS = {
+    'bgr8': cv2.COLOR_BGR2RGB,
+    '8UC3': cv2.COLOR_BGR2RGB,
+    'rgba8': cv2.COLOR_RGBA2RGB,
+    'bgra8': cv2.COLOR_BGRA2RGB,
+    'mono8': cv2.COLOR_GRAY2RGB,
+    '8UC1': cv2.COLOR_GRAY2RGB,
+    # OpenCV names a Bayer pattern by its second row, ROS by its first.
+    'bayer_rggb8': cv2.COLOR_BayerBG2RGB,
+    'bayer_bggr8': cv2.COLOR_BayerRG2RGB,
+    'bayer_gbrg8': cv2.COLOR_BayerGR2RGB,
+    'bayer_grbg8': cv2.COLOR_BayerGB2RGB,
+    'uyvy': cv2.COLOR_YUV2RGB_UYVY,
+    'yuv422': cv2.COLOR_YUV2RGB_UYVY,
+    'yuyv': cv2.COLOR_YUV2RGB_YUYV,
+    'yuv422_yuy2': cv2.COLOR_YUV2RGB_YUYV,
+}
+_BYTES = {
+    **_CHANNELS,
+    **{name: 1 for name in _CONVERSIONS if name.startswith('bayer')},
+    **dict.fromkeys(('uyvy', 'yuv422', 'yuyv', 'yuv422_yuy2'), 2),
+}
+ENCODINGS = tuple(sorted(_BYTES))
+
+
+@dataclass(frozen=True, eq=False)
+class RawImage:
+    """An uncompressed image as it came; `rgb` converts it.
+
+    Attributes:
+        field: the input's name, for error messages.
+        step: bytes per row, padding included.
+
+    Raises:
+        ObservationError: unknown encoding, no pixels, a row shorter than its pixels, or a buffer
+            shorter than its rows.
+    """
+
+    field: str
+    encoding: str
+    height: int
+    width: int
+    step: int
+    data: object  # a buffer of bytes
+
+    def __post_init__(self) -> None:
+        if self.encoding not in _BYTES:
+            raise ObservationError(
+                'image_encoding',
+                f'{self.field}.encoding',
+                self.encoding,
+                f'must be one of {", ".join(ENCODINGS)}',
+            )
+        if self.height == 0 or self.width == 0:
+            raise ObservationError(
+                'image_empty',
+                f'{self.field}.height x width',
+                f'{self.height}x{self.width}',
+                'the image has no pixels',
+            )
+        row = self.width * _BYTES[self.encoding]
+        if self.step < row:
+            raise ObservationError(
+                'image_step', f'{self.field}.step', self.step, f'a row has {row} bytes'
+            )
+        size, needed = memoryview(self.data).nbytes, self.step * (self.height - 1) + row
+        if size < needed:
+            raise ObservationError(
+                'image_truncated', f'{self.field}.data', f'{size} bytes', f'needs {needed}'
+            )
+
+    def rgb(self) -> np.ndarray:
+        """[height, width, 3] uint8; a view of the buffer for rgb8, else converted."""
+        depth = _BYTES[self.encoding]
+        flat = np.frombuffer(self.data, np.uint8)
+        pixels = np.lib.stride_tricks.as_strided(
+            flat, (self.height, self.width, depth), (self.step, depth, 1), writeable=False
+        )
+        if self.encoding == 'rgb8':
+            return pixels
+        contiguous = np.ascontiguousarray(pixels[..., 0] if depth == 1 else pixels)
+        return cv2.cvtColor(contiguous, _CONVERSIONS[self.encoding])
+
+
+@dataclass(frozen=True, eq=False)
+class CompressedImage:
+    """A JPEG or PNG as it came; `rgb` decodes it.
+
+    Raises:
+        ObservationError: no data, or (from `rgb`) data that does not decode.
+    """
+
+    field: str
+    format: str
+    data: object  # a buffer of bytes
+
+    def __post_init__(self) -> None:
+        if memoryview(self.data).nbytes == 0:
+            raise ObservationError(
+                'image_empty', f'{self.field}.data', '0 bytes', 'the image has no data'
+            )
+        if 'compressedDepth' in self.format:
+            raise ObservationError(
+                'image_encoding', f'{self.field}.format', self.format, 'depth is not a colour image'
+            )
+
+    def rgb(self) -> np.ndarray:
+        """[rows, cols, 3] uint8."""
+        image = cv2.imdecode(np.frombuffer(self.data, np.uint8), cv2.IMREAD_COLOR)
+        if image is None:
+            raise ObservationError(
+                'image_truncated',
+                f'{self.field}.data',
+                f'{memoryview(self.data).nbytes} bytes of {self.format!r}',
+                'does not decode',
+            )
+        return cv2.cvtColor(image, cv2.COLOR_BGR2RGB, dst=image)
+
+
+CameraImage = RawImage | CompressedImage
+
+
+def as_rgb(image: np.ndarray | CameraImage) -> np.ndarray:
+    """[rows, cols, 3] uint8 of an array (returned as it is) or of an image as it came."""
+    return image if isinstance(image, np.ndarray) else image.rgb()

@@ -1,0 +1,116 @@
+"""A recording through a policy, without ROS: the same inputs, the same decisions, no clock."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+
+import numpy as np
+
+from specprune_ros.config import PolicyConfig
+from specprune_ros.errors import ObservationError, RecordingError
+from specprune_ros.inbox import Inbox
+from specprune_ros.policy import Policy
+from specprune_ros.recordings.base import CameraEvent, InstructionEvent, JointEvent, Recording
+from specprune_ros.types import ExecutedAction, Observation, PolicyResult
+
+
+def fit_robot(config: PolicyConfig, recording: Recording) -> PolicyConfig:
+    """The configuration with the cameras and joints that a recording has.
+
+    Where all configured cameras were recorded, they are it; else those that were, in the
+    configured order, then the recording's other ones. Joints: the configured ones if all were
+    recorded, else the recorded ones.
+    """
+    robot = config.robot
+    cameras = [name for name in robot.camera_names if name in recording.cameras]
+    if len(cameras) < len(robot.camera_names):
+        cameras += [name for name in recording.cameras if name not in cameras]
+    joints = [name for name in robot.joint_names if name in recording.joint_names]
+    joints = joints if len(joints) == len(robot.joint_names) else []
+    fitted = dataclasses.replace(
+        robot,
+        camera_names=tuple(cameras),
+        camera_transports=robot.camera_transports[:1],
+        joint_names=tuple(joints) or recording.joint_names,
+    )
+    return dataclasses.replace(config, robot=fitted)
+
+
+def run_recording(
+    policy: Policy, recording: Recording, *, every: int = 0
+) -> Iterator[tuple[Observation, PolicyResult] | ObservationError | None]:
+    """Query the policy along a recording, as a robot that executed the recorded actions would.
+
+    A control step is an executed action where the recording has them, else an image of the last
+    camera (its motion is then unknown).
+
+    Args:
+        policy: fitted to the recording.
+        recording: the source.
+        every: control steps between queries; 0 takes the policy's horizon.
+
+    Yields:
+        Per control step: None, or the observation and result of a query, or why one was skipped.
+
+    Raises:
+        RecordingError: some camera, joint or the instruction never came.
+    """
+    robot, runtime = policy.config.robot, policy.config.runtime
+    # Recorded time has no 'now', only the newest stamp: nothing is stale.
+    ageless = dataclasses.replace(runtime, max_image_age_s=60.0, max_joint_age_s=60.0)
+    inbox, since, queries = Inbox(robot, ageless), math.inf, 0
+    every = every or robot.horizon
+    trigger = ExecutedAction if recording.has_actions else CameraEvent
+    for event in recording.events():
+        try:
+            _store(inbox, event)
+        except ObservationError as error:
+            yield error
+            continue
+        if not isinstance(event, trigger):
+            continue
+        if isinstance(event, CameraEvent) and event.camera != robot.camera_names[-1]:
+            continue
+        outcome = _query(policy, inbox, event.stamp_ns) if since >= every else None
+        if isinstance(outcome, tuple):
+            since, queries = 0, queries + 1
+        yield outcome
+        if queries:
+            action = event if isinstance(event, ExecutedAction) else None
+            policy.observe_executed(action, inbox.images)
+            since += 1
+    if not queries:
+        ages = inbox.age_s(0)
+        missing = [name for name, age in ages.items() if math.isinf(age)] or ['instruction']
+        raise RecordingError(recording.path, f'no query was possible, missing: {missing}')
+
+
+def _store(inbox: Inbox, event: object) -> None:
+    if isinstance(event, CameraEvent):
+        inbox.put_image(event.camera, event.stamp_ns, event.image)
+    elif isinstance(event, JointEvent):
+        inbox.put_joints(event.stamp_ns, event.names, event.positions)
+    elif isinstance(event, InstructionEvent):
+        inbox.put_instruction(event.text)
+
+
+def _query(
+    policy: Policy, inbox: Inbox, now_ns: int
+) -> tuple[Observation, PolicyResult] | ObservationError:
+    try:
+        observation = inbox.observation(now_ns)
+        wanted = {name: observation.images[name] for name in policy.model.info.cameras}
+        observation = dataclasses.replace(observation, images=wanted)
+        return observation, policy.infer(observation)
+    except ObservationError as error:
+        return error
+
+
+def control_steps(recording: Recording) -> int:
+    """How many control steps `run_recording` will make, for a progress bar; an estimate."""
+    events = list(recording.events())
+    actions = sum(isinstance(event, ExecutedAction) for event in events)
+    images = sum(isinstance(event, CameraEvent) for event in events)
+    return actions or int(np.ceil(images / max(len(recording.cameras), 1)))

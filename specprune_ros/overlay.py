@@ -1,0 +1,113 @@
+"""Draw which patches a query kept, and why, over the camera's image.
+
+Kept patches are tinted by the reason for which they were kept, layer-pruned ones half as much and
+darker, statically pruned ones are dimmed. A one-line legend stands below.
+"""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+
+from specprune_ros.types import Mode, PruneReport, Reason
+
+COLORS = {  # RGB; distinguishable with the common colour-vision deficiencies (Okabe-Ito)
+    'global': (0, 114, 178),
+    'dynamic': (213, 94, 0),
+    'local': (0, 158, 115),
+    'several': (240, 228, 66),
+    'fill': (204, 121, 167),
+}
+DIMMED, LAYER_DIMMED = 0.4, 0.7  # brightness of statically and of layer-pruned patches
+STATIC_LAYER = 2
+LEGEND_ROWS = 34
+MIN_WIDTH = 448  # smaller images are enlarged, so that the legend can be read
+FONT = cv2.FONT_HERSHEY_SIMPLEX
+
+
+def draw_overlay(
+    image: np.ndarray, report: PruneReport, camera: str, opacity: float = 0.45
+) -> np.ndarray:
+    """One camera's overlay.
+
+    Args:
+        image: [rows, cols, 3] uint8 RGB, the image that the report speaks of, at any size.
+        report: of the query that read the image.
+        camera: its name in the report.
+        opacity: of the tint on kept patches, 0..1.
+
+    Returns:
+        [rows', cols', 3] uint8 RGB, a new array.
+
+    Raises:
+        KeyError: the report has no such camera.
+    """
+    reason, gone = report.camera_grid(camera)
+    canvas = _enlarged(image)
+    if report.mode in (Mode.COARSE, Mode.FINE):
+        canvas = _tinted(canvas, reason, gone, opacity)
+    return np.vstack((canvas, _legend(canvas.shape[1], report, camera)))
+
+
+def _enlarged(image: np.ndarray) -> np.ndarray:
+    rows, cols = image.shape[:2]
+    if cols >= MIN_WIDTH:
+        return np.ascontiguousarray(image)
+    scale = -(-MIN_WIDTH // cols)
+    return cv2.resize(image, (cols * scale, rows * scale), interpolation=cv2.INTER_CUBIC)
+
+
+def _tinted(image: np.ndarray, reason: np.ndarray, gone: np.ndarray, opacity: float) -> np.ndarray:
+    """Blend image * gain + color * weight, both constant within a patch."""
+    bits = [int(bit) for bit in (Reason.GLOBAL, Reason.DYNAMIC, Reason.LOCAL)]
+    votes = sum((reason & bit > 0).astype(np.int32) for bit in bits)
+    color = np.zeros((*reason.shape, 3), np.float32)
+    for bit, name in zip((*bits, int(Reason.FILL)), ('global', 'dynamic', 'local', 'fill'),
+                         strict=True):  # fmt: skip
+        color[reason & bit > 0] = COLORS[name]
+    color[votes > 1] = COLORS['several']
+    by_static, by_layer = (gone > 0) & (gone <= STATIC_LAYER), gone > STATIC_LAYER
+    weight = np.select([by_static, by_layer], [0.0, opacity / 2], opacity).astype(np.float32)
+    gain = np.select(
+        [by_static, by_layer], [DIMMED, LAYER_DIMMED - opacity / 4], 1.0 - opacity
+    ).astype(np.float32)
+    size = (image.shape[1], image.shape[0])
+    gain = cv2.resize(gain, size, interpolation=cv2.INTER_NEAREST)
+    tint = cv2.resize(color * weight[..., None], size, interpolation=cv2.INTER_NEAREST)
+    blended = image * gain[..., None] + tint
+    _outline(blended, gone == 0)
+    return blended.clip(0, 255).astype(np.uint8)
+
+
+def _outline(image: np.ndarray, kept: np.ndarray) -> None:
+    """White border around every region of patches that survived to the end."""
+    size = (image.shape[1], image.shape[0])
+    mask = cv2.resize(kept.astype(np.uint8), size, interpolation=cv2.INTER_NEAREST)
+    contours, _ = cv2.findContours(mask, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
+    cv2.drawContours(image, contours, -1, (255, 255, 255), 1)
+
+
+def legend_text(report: PruneReport, camera: str) -> str:
+    """Mode, patches kept, and latency in one line."""
+    index = report.cameras.index(camera)
+    total, static, kept = (
+        int(counts[index])
+        for counts in (report.tokens_total, report.tokens_static, report.tokens_kept)
+    )
+    return (
+        f'{camera} {Mode(report.mode).name.lower()} {total}>{static}>{kept} '
+        f'{report.latency_total_s * 1e3:.0f} ms'
+    )
+
+
+def _legend(width: int, report: PruneReport, camera: str) -> np.ndarray:
+    band = np.full((LEGEND_ROWS, width, 3), 24, np.uint8)
+    text = legend_text(report, camera) + ('  STAND-IN MODEL' if report.stand_in else '')
+    cv2.putText(band, text, (4, 13), FONT, 0.42, (255, 255, 255), 1, cv2.LINE_AA)
+    at = 4
+    for name, color in COLORS.items():
+        cv2.rectangle(band, (at, 20), (at + 10, 30), color, -1)
+        cv2.putText(band, name, (at + 14, 30), FONT, 0.38, (200, 200, 200), 1, cv2.LINE_AA)
+        at += 22 + 8 * len(name)
+    cv2.putText(band, 'dark: pruned', (at, 30), FONT, 0.38, (200, 200, 200), 1, cv2.LINE_AA)
+    return band

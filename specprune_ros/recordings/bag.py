@@ -1,0 +1,183 @@
+"""A rosbag2 (mcap or sqlite3) as a recording, read without ROS through `rosbags`."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from specprune_ros.errors import MissingDependencyError, RecordingError
+from specprune_ros.images import CompressedImage, RawImage
+from specprune_ros.recordings.base import CameraEvent, Event, InstructionEvent, JointEvent
+from specprune_ros.types import ExecutedAction
+
+IMAGE = 'sensor_msgs/msg/Image'
+COMPRESSED = 'sensor_msgs/msg/CompressedImage'
+JOINTS = 'sensor_msgs/msg/JointState'
+TEXT = 'std_msgs/msg/String'
+EXECUTED = 'specprune_ros/msg/ExecutedAction'
+OWN_MESSAGES = ('ActionChunk', 'ExecutedAction', 'PruningDiagnostics')
+TOPIC_TAILS = ('image_raw', 'image_rect', 'image_color', 'image', 'color', 'rgb', 'compressed')
+
+
+class BagRecording:
+    """Image, joint-state, instruction and executed-action topics of a rosbag2.
+
+    Args:
+        path: the bag's folder, or one .mcap or .db3 file.
+        cameras: camera name -> topic; empty finds them: `cameras/<name>/image_raw` is camera
+            `<name>`, of any other image topic the last telling word is its name.
+        instruction: the task; empty takes the bag's instruction topic.
+
+    Raises:
+        RecordingError: not a rosbag2, no image topic, or a named topic is missing.
+        MissingDependencyError: rosbags is not installed.
+    """
+
+    def __init__(
+        self, path: Path, cameras: dict[str, str] | None = None, instruction: str = ''
+    ):
+        self.path = str(path)
+        self._instruction = instruction
+        with self._open() as reader:
+            types = {connection.topic: connection.msgtype for connection in reader.connections}
+            self._images = self._camera_topics(types, cameras or {})
+            self._others = {
+                topic: kind for topic, kind in types.items() if _is_wanted(topic, kind)
+            }
+            self.duration_s = reader.duration / 1e9
+            self._start_ns = reader.start_time
+            joints = [c for c in reader.connections if c.msgtype == JOINTS]
+            first = next(reader.messages(joints), None) if joints else None
+            self.joint_names = (
+                tuple(reader.deserialize(first[2], JOINTS).name) if first else ()
+            )
+        self.cameras = tuple(self._images)
+        self.has_actions = EXECUTED in self._others.values()
+        has_text = any(kind == TEXT for kind in self._others.values())
+        if not instruction and not has_text:
+            self._instruction = re.sub(r'[_\-\s]+', ' ', path.stem).strip()
+
+    def events(self) -> Iterator[Event]:
+        """All events by bag time, from 0 at the bag's start."""
+        if self._instruction:
+            yield InstructionEvent(0, self._instruction)
+        topics = {topic: camera for camera, topic in self._images.items()}
+        with self._open() as reader:
+            wanted = [c for c in reader.connections if c.topic in {**topics, **self._others}]
+            for connection, stamp, raw in reader.messages(wanted):
+                message = reader.deserialize(raw, connection.msgtype)
+                since = stamp - self._start_ns
+                if connection.topic in topics:
+                    yield _camera_event(since, topics[connection.topic], message)
+                elif connection.msgtype != TEXT or not self._instruction:
+                    yield _CONVERTERS[connection.msgtype](since, message)
+
+    def _open(self):
+        try:
+            from rosbags.highlevel import AnyReader, AnyReaderError
+            from rosbags.typesys import Stores, get_typestore
+        except ImportError as error:
+            raise MissingDependencyError(
+                'rosbags', 'reading a bag', 'pip install rosbags'
+            ) from error
+        typestore = get_typestore(Stores.ROS2_HUMBLE)
+        register_own_messages(typestore)
+        try:
+            reader = AnyReader([Path(self.path)], default_typestore=typestore)
+            reader.open()
+        except (AnyReaderError, OSError, ValueError, KeyError, AssertionError) as error:
+            raise RecordingError(self.path, f'cannot be read as a rosbag2: {error}') from error
+        return _Closing(reader)
+
+    def _camera_topics(self, types: dict[str, str], asked: dict[str, str]) -> dict[str, str]:
+        images = [topic for topic, kind in types.items() if kind in (IMAGE, COMPRESSED)]
+        for camera, topic in asked.items():
+            if topic not in images:
+                raise RecordingError(
+                    self.path, f'camera {camera!r}: no image topic {topic!r}, only {images}'
+                )
+        found = asked or {camera_name(topic): topic for topic in sorted(images, reverse=True)}
+        if not found:
+            raise RecordingError(self.path, f'has no image topic, only {sorted(types)}')
+        return dict(sorted(found.items()))
+
+
+class _Closing:
+    """Context manager of a reader that is already open."""
+
+    def __init__(self, reader):
+        self._reader = reader
+
+    def __enter__(self):
+        return self._reader
+
+    def __exit__(self, *exc: object) -> None:
+        self._reader.close()
+
+
+def camera_name(topic: str) -> str:
+    """The camera that an image topic belongs to: its last word that is not a mere 'image'."""
+    words = [word for word in topic.strip('/').split('/') if word not in TOPIC_TAILS]
+    return re.sub(r'\W', '_', words[-1]) if words else 'camera'
+
+
+def register_own_messages(typestore) -> None:
+    """Teach a `rosbags` typestore this package's messages (bags from Humble do not carry them)."""
+    from rosbags.typesys import get_types_from_msg
+
+    here = Path(__file__).resolve()
+    # checkout: <root>/msg; install: <prefix>/lib/.../site-packages, <prefix>/share/...
+    roots = [here.parents[2] / 'msg', Path(sys.prefix) / 'share' / 'specprune_ros' / 'msg']
+    roots += [parent / 'share' / 'specprune_ros' / 'msg' for parent in here.parents]
+    for name in OWN_MESSAGES:
+        file = next((root / f'{name}.msg' for root in roots if (root / f'{name}.msg').is_file()), None)
+        if file is not None:
+            typestore.register(
+                get_types_from_msg(file.read_text(), f'specprune_ros/msg/{name}')
+            )
+
+
+def _is_wanted(topic: str, kind: str) -> bool:
+    if kind == TEXT:
+        return topic.rstrip('/').endswith('instruction')
+    return kind in (JOINTS, EXECUTED)
+
+
+def _camera_event(stamp: int, camera: str, message) -> CameraEvent:
+    field = f'cameras/{camera}'
+    if message.__msgtype__ == COMPRESSED:
+        return CameraEvent(stamp, camera, CompressedImage(field, message.format, message.data))
+    image = RawImage(
+        field, message.encoding, message.height, message.width, message.step, message.data
+    )
+    return CameraEvent(stamp, camera, image)
+
+
+def _joint_event(stamp: int, message) -> JointEvent:
+    return JointEvent(stamp, tuple(message.name), np.array(message.position, float))
+
+
+def _executed_action(stamp: int, message) -> ExecutedAction:
+    return ExecutedAction(
+        stamp_ns=stamp,
+        names=tuple(message.names),
+        units=tuple(message.units),
+        data=np.array(message.data, float),
+        space=int(message.space),
+        frame_id=message.header.frame_id,
+        chunk_id=int(message.chunk_id),
+        step=int(message.step),
+        step_dt_s=message.step_dt.sec + message.step_dt.nanosec / 1e9,
+        dry_run=bool(message.dry_run),
+    )
+
+
+_CONVERTERS: dict[str, Callable[[int, object], Event]] = {
+    JOINTS: _joint_event,
+    TEXT: lambda stamp, message: InstructionEvent(stamp, message.data),
+    EXECUTED: _executed_action,
+}

@@ -1,0 +1,62 @@
+"""What a recording is: a stream of timed events, whatever file it lies in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from specprune_ros.images import CameraImage
+from specprune_ros.types import ExecutedAction
+
+
+@dataclass(frozen=True, eq=False)
+class CameraEvent:
+    """One camera image, as an array or as it was recorded."""
+
+    stamp_ns: int
+    camera: str
+    image: np.ndarray | CameraImage
+
+
+@dataclass(frozen=True, eq=False)
+class JointEvent:
+    """Joint positions by name, rad or m."""
+
+    stamp_ns: int
+    names: tuple[str, ...]
+    positions: np.ndarray
+
+
+@dataclass(frozen=True)
+class InstructionEvent:
+    """The task, from here on."""
+
+    stamp_ns: int
+    text: str
+
+
+Event = CameraEvent | JointEvent | InstructionEvent | ExecutedAction
+
+
+class Recording(Protocol):
+    """A recording that can be read again and again.
+
+    Attributes:
+        path: the file or folder.
+        cameras: names of the cameras in it.
+        joint_names: joints in it, in recorded order; empty without joint states.
+        has_actions: whether it holds executed actions.
+        duration_s: length.
+    """
+
+    path: str
+    cameras: tuple[str, ...]
+    joint_names: tuple[str, ...]
+    has_actions: bool
+    duration_s: float
+
+    def events(self) -> Iterator[Event]:
+        """All events by ascending stamp."""

@@ -1,0 +1,1 @@
+"""The ROS 2 rim; nothing outside this folder imports rclpy."""

@@ -1,0 +1,134 @@
+"""ROS parameters from the configuration dataclasses: one description serves both."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import typing
+
+from rcl_interfaces.msg import FloatingPointRange, IntegerRange, ParameterDescriptor
+from rclpy.exceptions import ParameterException
+from rclpy.node import Node
+from rclpy.parameter import Parameter
+
+from specprune_ros.config import AXES, PolicyConfig, from_mapping, parameter_names
+
+INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
+
+
+class Parameters:
+    """The node's parameters, as one PolicyConfig.
+
+    A bad value in a parameter file does not stop the node from starting: it is kept aside, and
+    `read` fails with the reason until the parameter is set to a good one.
+    """
+
+    def __init__(self, node: Node):
+        self._node = node
+        self._given = dict(getattr(node, '_parameter_overrides', {}))
+        self._bad: dict[str, object] = {}
+        self._defaults = PolicyConfig()
+        for axis, cls in AXES.items():
+            for spec in dataclasses.fields(cls):
+                self._declare(f'{axis}.{spec.name}', getattr(getattr(self._defaults, axis), spec.name), spec)
+
+    def read(self) -> PolicyConfig:
+        """The configuration that holds now.
+
+        Raises:
+            ConfigError: an unknown parameter was given, or a value is bad.
+        """
+        values = {name: self._node.get_parameter(name).value for name in parameter_names()}
+        return from_mapping({**values, **self._bad, **self._unknown()})
+
+    def with_changes(self, parameters: list[Parameter]) -> PolicyConfig:
+        """The configuration with some parameters changed, which are not set yet.
+
+        Raises:
+            ConfigError: a changed value is bad.
+        """
+        own = {p.name: p.value for p in parameters if p.name in parameter_names()}
+        values = {name: self._node.get_parameter(name).value for name in parameter_names()}
+        return from_mapping({**values, **own})
+
+    def accept(self, parameters: list[Parameter]) -> None:
+        """Forget the bad values that are now replaced."""
+        for parameter in parameters:
+            self._bad.pop(parameter.name, None)
+
+    def strangers(self) -> list[str]:
+        """Given parameters that belong to no axis: another node's, or a typo."""
+        own = {'use_sim_time', 'start_type_description_service'}
+        return [
+            name
+            for name in self._given
+            if name.partition('.')[0] not in AXES
+            and name not in own
+            and not name.startswith('qos_overrides.')
+        ]
+
+    def _unknown(self) -> dict[str, object]:
+        known = set(parameter_names())
+        return {
+            name: parameter.value
+            for name, parameter in self._given.items()
+            if name.partition('.')[0] in AXES and name not in known
+        }
+
+    def _declare(self, name: str, default: object, spec: dataclasses.Field) -> None:
+        value = list(default) if isinstance(default, tuple) else default
+        # An empty list has no type: [''] stands for it, config.from_mapping drops the ''.
+        value = [''] if value == [] else value
+        descriptor = describe(spec)
+        try:
+            self._node.declare_parameter(name, value, descriptor)
+        except (ParameterException, TypeError, ValueError):
+            self._bad[name] = self._given[name].value
+            self._node.declare_parameter(name, value, descriptor, ignore_override=True)
+
+
+def describe(spec: dataclasses.Field) -> ParameterDescriptor:
+    """Descriptor of a config field: meaning, unit, range."""
+    meta = spec.metadata
+    unit = f' [{meta["unit"]}]' if meta['unit'] else ''
+    constraints = []
+    if meta['choices']:
+        constraints.append(f'one of {", ".join(meta["choices"])}')
+    if not meta['live']:
+        constraints.append('fixed once the node is configured')
+    descriptor = ParameterDescriptor(
+        description=meta['doc'] + unit,
+        additional_constraints='; '.join(constraints),
+        # Types are checked by config.py, which takes YAML's `1` for a float and says what is wrong.
+        dynamic_typing=True,
+    )
+    low, high = meta['low'], meta['high']
+    if (low, high) == (None, None):
+        return descriptor
+    if spec.type == 'float':
+        descriptor.floating_point_range = [
+            FloatingPointRange(
+                from_value=-sys.float_info.max if low is None else float(low),
+                to_value=sys.float_info.max if high is None else float(high),
+            )
+        ]
+    elif spec.type == 'int':
+        descriptor.integer_range = [
+            IntegerRange(
+                from_value=INT64_MIN if low is None else int(low),
+                to_value=INT64_MAX if high is None else int(high),
+            )
+        ]
+    return descriptor
+
+
+def fixed_changes(parameters: list[Parameter]) -> list[str]:
+    """Names among parameters that may not change once the node is configured."""
+    fixed = []
+    for parameter in parameters:
+        axis, _, key = parameter.name.partition('.')
+        spec = typing.get_type_hints(PolicyConfig).get(axis)
+        field = getattr(spec, '__dataclass_fields__', {}).get(key)
+        if field is not None and not field.metadata['live']:
+            fixed.append(parameter.name)
+    return fixed

@@ -1,0 +1,335 @@
+"""`vla_node`: cameras, joint state and an instruction in; action chunks and what pruning did out.
+
+A lifecycle node. Threads: the executor's one thread runs callbacks, which only store; the
+inference thread (worker.py) runs the policy and publishes. Nothing in the executor ever waits for
+an inference, so transitions and parameters are answered while one runs; configure itself loads
+the model and takes as long as that takes.
+"""
+
+from __future__ import annotations
+
+import gc
+import traceback
+
+from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
+from rcl_interfaces.msg import SetParametersResult
+from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
+from rclpy.parameter import Parameter
+from sensor_msgs.msg import CompressedImage, Image, JointState
+from specprune_ros.msg import ActionChunk, ExecutedAction, PruningDiagnostics
+from std_msgs.msg import String
+
+from specprune_ros.config import PolicyConfig
+from specprune_ros.errors import ConfigError, ObservationError, SpecPruneError
+from specprune_ros.health import Health
+from specprune_ros.images import as_rgb
+from specprune_ros.inbox import Inbox
+from specprune_ros.overlay import draw_overlay
+from specprune_ros.policy import Policy
+from specprune_ros.ros import conversions, diagnostics, qos
+from specprune_ros.ros.params import Parameters, fixed_changes
+from specprune_ros.ros.process import spin_process
+from specprune_ros.types import PolicyResult
+from specprune_ros.worker import InferenceWorker, Job
+
+STOP_S = 2.0  # how long cleanup waits for a running inference
+SUCCESS, FAILURE = TransitionCallbackReturn.SUCCESS, TransitionCallbackReturn.FAILURE
+
+
+class VlaNode(LifecycleNode):
+    """Runs a pruned VLA on the robot.
+
+    Subscribes (when active): cameras/<name>/image_raw[/compressed], joint_states, executed_action,
+    ~/instruction. Publishes: ~/action_chunk, ~/pruning, ~/overlay/<name>, /diagnostics.
+    """
+
+    def __init__(self, name: str = 'vla_node', **kwargs):
+        super().__init__(name, **kwargs)
+        self._health = Health()
+        self._settings = Parameters(self)
+        self._config: PolicyConfig | None = None
+        self._worker: InferenceWorker | None = None
+        self._inbox: Inbox | None = None
+        self._hardware = ''
+        self._inputs: list = []  # subscriptions and the query timer, while active
+        self._outputs: dict[str, object] = {}
+        self._overlays: dict[str, object] = {}
+        self._frame_ids: dict[str, str] = {}
+        self._ticket = 0  # of the current activation; results of an older one are void
+        self._active = False
+        self._diagnostics = self.create_publisher(
+            DiagnosticArray, '/diagnostics', qos.DIAGNOSTICS
+        )
+        self.create_timer(diagnostics.PERIOD_S, self._publish_diagnostics)
+        self.add_on_set_parameters_callback(self._on_parameters)
+        for stranger in self._settings.strangers():
+            error = ConfigError(stranger, '...', 'unknown parameter, ignored')
+            self._fault(error.code, str(error))
+
+    # Lifecycle -------------------------------------------------------------------------------
+
+    def on_configure(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """Load the model, warm it up, make publishers. On failure the node stays unconfigured."""
+        try:
+            config = self._settings.read()
+            policy = Policy.load(config)
+            policy.warm_up()
+            self._set_up(config, policy)
+        except SpecPruneError as error:
+            self._fault(error.code, str(error))
+            return FAILURE
+        except Exception:  # rclpy would swallow the traceback
+            self._fault('configure', traceback.format_exc())
+            return FAILURE
+        info = policy.model.info
+        self.get_logger().info(
+            f'{info.name}: {info.parameters / 1e6:.1f} M parameters, cameras '
+            f'{", ".join(info.cameras)}, method {config.pruning.method}'
+        )
+        if info.stand_in:
+            self.get_logger().warning('random stand-in weights: the actions mean nothing')
+        return SUCCESS
+
+    def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """Subscribe and start to infer."""
+        robot = self._config.robot
+        kinds = {'raw': (Image, 'image_raw'), 'compressed': (CompressedImage, 'image_raw/compressed')}
+        for camera, transport in robot.per_camera('camera_transports').items():
+            kind, leaf = kinds[transport]
+            self._subscribe(kind, f'cameras/{camera}/{leaf}', self._image_callback(camera), qos.SENSOR)
+        if robot.joint_names:
+            self._subscribe(JointState, 'joint_states', self._on_joints, qos.SENSOR)
+        self._subscribe(ExecutedAction, 'executed_action', self._on_executed, qos.EVERY_STEP)
+        self._subscribe(String, '~/instruction', self._on_instruction, qos.LATCHED)
+        period = 1.0 / self._config.runtime.query_rate_hz
+        self._inputs.append(self.create_timer(period, self._on_query))
+        self._ticket += 1
+        self._active = True
+        return super().on_activate(state)
+
+    def on_deactivate(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """Stop at once: nothing is published from here on, a running inference is discarded."""
+        self._stop_inputs()
+        return super().on_deactivate(state)
+
+    def on_cleanup(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """Free the model."""
+        self._tear_down()
+        return SUCCESS
+
+    def on_shutdown(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """Stop and free, from any state."""
+        self._tear_down()
+        return SUCCESS
+
+    def on_error(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """A transition raised: free everything and become unconfigured, to be configured again."""
+        self._fault('transition', f'a transition from {state.label} failed')
+        self._tear_down()
+        return SUCCESS
+
+    def shut_down(self) -> None:
+        """What the process does last (see ros/process.py)."""
+        self._tear_down()
+
+    def _set_up(self, config: PolicyConfig, policy: Policy) -> None:
+        self._config = config
+        self._hardware = policy.model.info.name
+        self._inbox = Inbox(config.robot, config.runtime)
+        self._outputs = {
+            'chunk': self.create_publisher(ActionChunk, '~/action_chunk', qos.RELIABLE),
+            'pruning': self.create_publisher(PruningDiagnostics, '~/pruning', qos.RELIABLE),
+        }
+        self._overlays = {
+            name: self.create_publisher(Image, f'~/overlay/{name}', qos.RELIABLE)
+            for name in config.robot.camera_names
+        }
+        self._worker = InferenceWorker(policy, self._on_result, self._on_error)
+
+    def _stop_inputs(self) -> None:
+        self._active = False
+        self._ticket += 1
+        for handle in self._inputs:
+            destroy = self.destroy_timer if hasattr(handle, 'reset') else self.destroy_subscription
+            destroy(handle)
+        self._inputs.clear()
+        if self._inbox is not None:
+            self._inbox.forget_inputs()
+        if self._worker is not None:
+            self._worker.reset()
+
+    def _tear_down(self) -> None:
+        self._stop_inputs()
+        if self._worker is not None and not self._worker.stop(STOP_S):
+            self._fault('hung', f'an inference did not end within {STOP_S:g} s; abandoned')
+        for publisher in (*self._outputs.values(), *self._overlays.values()):
+            self.destroy_publisher(publisher)
+        self._outputs, self._overlays = {}, {}
+        self._worker, self._inbox, self._config, self._hardware = None, None, None, ''
+        gc.collect()  # the model, and with it the GPU's memory
+
+    def _subscribe(self, kind: type, topic: str, callback, profile) -> None:
+        self._inputs.append(self.create_subscription(kind, topic, callback, profile))
+
+    # Inputs: callbacks only store ------------------------------------------------------------
+
+    def _image_callback(self, camera: str):
+        field = f'cameras/{camera}'
+
+        def on_image(msg: Image | CompressedImage) -> None:
+            with self._counting():
+                image = conversions.image_from_msg(msg, field)
+                self._inbox.put_image(camera, self._stamp(field, msg), image)
+                self._frame_ids[camera] = msg.header.frame_id
+
+        return on_image
+
+    def _on_joints(self, msg: JointState) -> None:
+        with self._counting():
+            self._inbox.put_joints(self._stamp('joint_states', msg), msg.name, msg.position)
+
+    def _on_instruction(self, msg: String) -> None:
+        with self._counting():
+            self._inbox.put_instruction(msg.data)
+
+    def _on_executed(self, msg: ExecutedAction) -> None:
+        self._worker.observe(conversions.executed_from_msg(msg), self._inbox.images)
+
+    def _on_query(self) -> None:
+        """Leave one observation for the inference thread, or say why there is none."""
+        with self._counting():
+            observation = self._inbox.observation(self._now_ns())
+            self._worker.submit(Job(self._ticket, observation))
+
+    # Outputs: in the inference thread --------------------------------------------------------
+
+    def _on_result(self, job: Job, result: PolicyResult) -> None:
+        if not self._active or job.ticket != self._ticket:
+            self._health.discarded()
+            return
+        result = conversions.stamped(result, self._now_ns())
+        self._outputs['chunk'].publish(conversions.chunk_to_msg(result.chunk))
+        self._outputs['pruning'].publish(conversions.report_to_msg(result.report))
+        self._health.inferred(result)
+        self._publish_overlays(job, result)
+
+    def _publish_overlays(self, job: Job, result: PolicyResult) -> None:
+        opacity = self.get_parameter('runtime.overlay_opacity').value
+        for camera, publisher in self._overlays.items():
+            if publisher.get_subscription_count() == 0:
+                continue
+            image = as_rgb(job.observation.images[camera])
+            overlay = draw_overlay(image, result.report, camera, opacity)
+            stamp_ns = job.observation.image_stamps_ns[camera]
+            frame_id = self._frame_ids.get(camera, '')
+            publisher.publish(conversions.image_to_msg(overlay, stamp_ns, frame_id))
+
+    def _on_error(self, error: Exception) -> None:
+        if isinstance(error, SpecPruneError):
+            self._fault(error.code, str(error))
+            return
+        text = ''.join(traceback.format_exception(error))
+        self._fault('inference', f'{type(error).__name__}: {error}', text)
+
+    # Parameters and diagnostics --------------------------------------------------------------
+
+    def _on_parameters(self, parameters: list[Parameter]) -> SetParametersResult:
+        """Validate; what is fixed while configured, and what does not fit, keeps its old value."""
+        try:
+            config = self._settings.with_changes(parameters)
+            fixed = fixed_changes(parameters) if self._config is not None else []
+            if fixed:
+                raise ConfigError(fixed[0], '...', 'is fixed once configured: clean up first')
+            if self._worker is not None and config.pruning != self._config.pruning:
+                self._worker.set_pruning(checked_pruning(config))
+                self._config = config
+        except ConfigError as error:
+            self._fault(error.code, str(error))
+            return SetParametersResult(successful=False, reason=str(error))
+        self._settings.accept(parameters)
+        return SetParametersResult(successful=True)
+
+    def _publish_diagnostics(self) -> None:
+        now, name = self._now_ns(), self.get_name()
+        statuses = [
+            self._input_status(now),
+            diagnostics.status(
+                f'{name}: inference', diagnostics.OK, self._state(), self._health.inference()
+            ),
+            diagnostics.status(
+                f'{name}: pruning', diagnostics.OK, self._state(), self._health.pruning()
+            ),
+            diagnostics.fault_status(name, self._health),
+        ]
+        self._diagnostics.publish(diagnostics.array(now, self._hardware, statuses))
+
+    def _input_status(self, now_ns: int) -> DiagnosticStatus:
+        name = f'{self.get_name()}: inputs'
+        if not self._active:
+            return diagnostics.status(name, diagnostics.OK, self._state(), {})
+        ages = self._inbox.age_s(now_ns)
+        values = {f'{key} age s': f'{age:.3f}' for key, age in ages.items()}
+        try:
+            self._inbox.observation(now_ns)
+        except ObservationError as error:
+            return diagnostics.status(name, diagnostics.STALE, str(error), values)
+        return diagnostics.status(name, diagnostics.OK, 'complete', values)
+
+    def _state(self) -> str:
+        if self._active:
+            return 'active'
+        return 'inactive' if self._worker is not None else 'unconfigured'
+
+    def _stamp(self, field: str, msg) -> int:
+        """Header stamp; the time of receipt, and a fault, where the sender left it 0."""
+        stamp_ns = conversions.to_ns(msg.header.stamp)
+        if stamp_ns == 0:
+            self._fault('stamp_missing', f'{field}.header.stamp = 0: taking the time of receipt')
+            return self._now_ns()
+        return stamp_ns
+
+    def _now_ns(self) -> int:
+        return self.get_clock().now().nanoseconds
+
+    def _counting(self) -> _Counting:
+        return _Counting(self)
+
+    def _fault(self, code: str, message: str, log: str = '') -> None:
+        if self._health.fault(code, message):
+            self.get_logger().error(log or message)
+
+
+class _Counting:
+    """Context in which an ObservationError is counted, and skips what comes after it."""
+
+    def __init__(self, node: VlaNode):
+        self._node = node
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind, error, trace) -> bool:
+        if isinstance(error, ObservationError):
+            self._node._fault(error.code, str(error))
+            return True
+        return False
+
+
+def checked_pruning(config: PolicyConfig):
+    """The pruning parameters, if their method exists.
+
+    Raises:
+        ConfigError: no such method.
+    """
+    from specprune_ros.pruning import make_method
+
+    make_method(config.pruning)
+    return config.pruning
+
+
+def main(args: list[str] | None = None) -> int:
+    """Process entry point."""
+    return spin_process(VlaNode, args)
+
+
+if __name__ == '__main__':
+    raise SystemExit(main())
