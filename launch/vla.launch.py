@@ -1,0 +1,126 @@
+"""vla_node, its parameters from one file per axis, and optionally a replay.
+
+ros2 launch specprune_ros vla.launch.py robot:=libero_franka recording:=/path/to/bag
+"""
+
+import os
+
+from ament_index_python.packages import get_package_share_directory
+from launch import LaunchContext, LaunchDescription
+from launch.actions import (
+    DeclareLaunchArgument,
+    EmitEvent,
+    IncludeLaunchDescription,
+    OpaqueFunction,
+    RegisterEventHandler,
+    SetEnvironmentVariable,
+)
+from launch.event_handlers import OnProcessStart
+from launch.events import matches_action
+from launch.launch_description_sources import PythonLaunchDescriptionSource
+from launch.substitutions import LaunchConfiguration
+from launch_ros.actions import LifecycleNode
+from launch_ros.event_handlers import OnStateTransition
+from launch_ros.events.lifecycle import ChangeState
+from lifecycle_msgs.msg import Transition
+
+SHARE = get_package_share_directory('specprune_ros')
+ARGUMENTS = {
+    'robot': ('libero_franka', 'a file of config/robots, or a path'),
+    'model': ('tiny', 'a file of config/models, or a path'),
+    'pruning': ('specprune', 'a file of config/pruning, or a path'),
+    'params_file': ('', 'a parameter file over all others'),
+    'cameras': ('', "camera names, e.g. 'wrist,side'; empty: the robot file's"),
+    'transport': ('', 'raw or compressed, for all cameras; empty: the robot file\'s'),
+    'namespace': ('', 'namespace of all nodes'),
+    'use_sim_time': ('false', 'take time from /clock'),
+    'log_level': ('info', 'debug, info, warn or error'),
+    'autostart': ('true', 'configure and activate at once'),
+    'dry_run': ('true', 'mark every chunk as not to be executed'),
+    'recording': ('', 'replay this recording as well'),
+    'rate': ('1.0', 'speed of the replay'),
+    'loop': ('true', 'replay again and again'),
+}
+
+
+def config_file(axis: str, name: str) -> str:
+    """Path of a shipped parameter file, or the given path."""
+    shipped = os.path.join(SHARE, 'config', axis, f'{name}.yaml')
+    return shipped if os.path.isfile(shipped) else os.path.abspath(name)
+
+
+def autostart_events(node: LifecycleNode) -> list:
+    """Configure when the process is up, activate when it is configured; Humble can do this too."""
+
+    def change(transition: int) -> EmitEvent:
+        matcher = matches_action(node)
+        return EmitEvent(
+            event=ChangeState(lifecycle_node_matcher=matcher, transition_id=transition)
+        )
+
+    configure = change(Transition.TRANSITION_CONFIGURE)
+    activate = change(Transition.TRANSITION_ACTIVATE)
+    return [
+        RegisterEventHandler(OnProcessStart(target_action=node, on_start=[configure])),
+        RegisterEventHandler(
+            OnStateTransition(
+                target_lifecycle_node=node,
+                start_state='configuring',
+                goal_state='inactive',
+                entities=[activate],
+            )
+        ),
+    ]
+
+
+def setup(context: LaunchContext) -> list:
+    """Actions that need the arguments' values."""
+    value = {name: LaunchConfiguration(name).perform(context) for name in ARGUMENTS}
+    files = [config_file(f'{axis}s', value[axis]) for axis in ('robot', 'model')]
+    files += [config_file('pruning', value['pruning']), os.path.join(SHARE, 'config', 'node.yaml')]
+    files += [value['params_file']] if value['params_file'] else []
+    overrides = {
+        'use_sim_time': value['use_sim_time'].lower() == 'true',
+        'runtime.dry_run': value['dry_run'].lower() != 'false',
+    }
+    if value['cameras']:
+        overrides['robot.camera_names'] = [name.strip() for name in value['cameras'].split(',')]
+    if value['transport']:
+        overrides['robot.camera_transports'] = [value['transport']]
+    node = LifecycleNode(
+        package='specprune_ros',
+        executable='vla_node',
+        name='vla_node',
+        namespace=value['namespace'],
+        parameters=[*files, overrides],
+        ros_arguments=['--log-level', value['log_level']],
+        output='screen',
+    )
+    # The handlers come first: the process may be up before the next action is visited.
+    actions = [*(autostart_events(node) if value['autostart'].lower() == 'true' else []), node]
+    if value['recording']:
+        replay = os.path.join(SHARE, 'launch', 'replay.launch.py')
+        names = ('recording', 'rate', 'loop', 'namespace', 'use_sim_time', 'log_level')
+        arguments = {name: value[name] for name in names}
+        arguments['transport'] = value['transport'] or 'raw'
+        actions.append(
+            IncludeLaunchDescription(
+                PythonLaunchDescriptionSource(replay), launch_arguments=arguments.items()
+            )
+        )
+    return actions
+
+
+def generate_launch_description() -> LaunchDescription:
+    arguments = [
+        DeclareLaunchArgument(name, default_value=default, description=text)
+        for name, (default, text) in ARGUMENTS.items()
+    ]
+    # An image does not fit Fast DDS's default shared-memory segment.
+    profile = os.environ.get(
+        'FASTDDS_DEFAULT_PROFILES_FILE', os.path.join(SHARE, 'config', 'fastdds.xml')
+    )
+    environment = [SetEnvironmentVariable('FASTDDS_DEFAULT_PROFILES_FILE', profile)]
+    if os.environ.get('ROS_DISTRO') in ('humble', 'jazzy'):
+        environment.append(SetEnvironmentVariable('FASTRTPS_DEFAULT_PROFILES_FILE', profile))
+    return LaunchDescription([*arguments, *environment, OpaqueFunction(function=setup)])

@@ -1,0 +1,206 @@
+"""The demo: `vla_node` and a replay as real ROS processes, watched from a third.
+
+Leaves overlays, a plot of kept tokens, mode and latency per query, and a printed table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import rclpy
+import yaml
+from diagnostic_msgs.msg import DiagnosticArray
+from rclpy.node import Node
+from rich.console import Console
+from rich.progress import Progress
+from sensor_msgs.msg import Image
+from specprune_ros.msg import ActionChunk, PruningDiagnostics
+
+from specprune_ros.config import AXES, PolicyConfig, load_config
+from specprune_ros.errors import SpecPruneError
+from specprune_ros.offline import fit_robot
+from specprune_ros.recordings import open_recording
+from specprune_ros.ros import conversions, qos
+from specprune_ros.ros.lifecycle import LifecycleClient
+from specprune_ros.runlog import RunLog
+
+PARAMS = ('robots/libero_franka', 'models/tiny', 'pruning/specprune', 'node')
+DEFAULT_RECORDING = Path('test/data/pick_place')
+STOP_S = 3.0  # a process that needs longer to end is a failure
+TIMEOUT_S = 120.0
+
+
+class Watcher(Node):
+    """Collects what vla_node publishes into a RunLog."""
+
+    def __init__(self, log: RunLog, cameras: tuple[str, ...]):
+        super().__init__('demo_watcher')
+        self.log = log
+        self.faults: dict[str, str] = {}
+        self._chunks: dict[int, object] = {}
+        self._overlays: Counter[str] = Counter()
+        self.create_subscription(ActionChunk, 'vla_node/action_chunk', self._on_chunk, 10)
+        self.create_subscription(PruningDiagnostics, 'vla_node/pruning', self._on_report, 10)
+        self.create_subscription(
+            DiagnosticArray, '/diagnostics', self._on_diagnostics, qos.DIAGNOSTICS
+        )
+        for camera in cameras:
+            self.create_subscription(
+                Image, f'vla_node/overlay/{camera}', self._overlay_callback(camera), 10
+            )
+
+    def _on_chunk(self, msg: ActionChunk) -> None:
+        self._chunks[msg.chunk_id] = conversions.chunk_from_msg(msg)
+
+    def _on_report(self, msg: PruningDiagnostics) -> None:
+        chunk = self._chunks.pop(msg.chunk_id, None)
+        if chunk is not None:
+            self.log.add(chunk, conversions.report_from_msg(msg))
+
+    def _overlay_callback(self, camera: str):
+        def on_overlay(msg: Image) -> None:
+            image = np.frombuffer(msg.data, np.uint8).reshape(msg.height, msg.width, 3)
+            self.log.add_overlay(camera, self._overlays[camera], image)
+            self._overlays[camera] += 1
+
+        return on_overlay
+
+    def _on_diagnostics(self, msg: DiagnosticArray) -> None:
+        for status in msg.status:
+            if status.name.endswith('faults'):
+                self.faults |= {v.key: v.value for v in status.values if '(last)' in v.key}
+
+
+def write_params(config: PolicyConfig, path: Path) -> None:
+    """The configuration as a ROS parameter file."""
+    axes = {axis: dataclasses.asdict(getattr(config, axis)) for axis in AXES}
+    for values in axes.values():
+        for name, value in values.items():
+            if isinstance(value, tuple):
+                values[name] = list(value) or ['']
+    tree = {'/**': {'ros__parameters': axes}}
+    # Quoted strings: ROS reads a bare y as a boolean.
+    path.write_text(yaml.dump(tree, sort_keys=False, default_style=None, Dumper=_Quoting))
+
+
+class _Quoting(yaml.SafeDumper):
+    """Dumps every string value in quotes."""
+
+
+_Quoting.add_representer(
+    str, lambda dumper, text: dumper.represent_scalar('tag:yaml.org,2002:str', text, style="'")
+)
+
+
+def start(module: str, log: Path, *ros_args: str) -> subprocess.Popen:
+    """Start one of our nodes as a process of its own; its output goes to a file."""
+    command = [sys.executable, '-m', f'specprune_ros.ros.{module}', '--ros-args', *ros_args]
+    return subprocess.Popen(command, stdout=log.open('w'), stderr=subprocess.STDOUT)
+
+
+def stop(process: subprocess.Popen) -> str:
+    """SIGINT a process.
+
+    Returns:
+        '' when it ended with status 0 in time, else what went wrong.
+    """
+    process.send_signal(signal.SIGINT)
+    try:
+        status = process.wait(STOP_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+        return f'did not end within {STOP_S:g} s of SIGINT'
+    return f'ended with status {status}' if status else ''
+
+
+def watch(watcher: Watcher, processes: dict[str, subprocess.Popen], chunks: int) -> str:
+    """Wait for the chunks.
+
+    Returns:
+        '' when they came, else why not.
+    """
+    end = time.monotonic() + TIMEOUT_S
+    with Progress() as progress:
+        task = progress.add_task('chunks', total=chunks)
+        while len(watcher.log.reports) < chunks:
+            rclpy.spin_once(watcher, timeout_sec=0.1)
+            progress.update(task, completed=len(watcher.log.reports))
+            for name, process in processes.items():
+                if process.poll() is not None:
+                    return f'{name} ended with status {process.returncode}'
+            if time.monotonic() > end:
+                return f'only {len(watcher.log.reports)} chunks within {TIMEOUT_S:g} s'
+    return ''
+
+
+def run(arguments: argparse.Namespace, console: Console) -> list[str]:
+    """Run the demo; returns what went wrong."""
+    recording = open_recording(arguments.recording, instruction=arguments.instruction)
+    config = fit_robot(load_config(arguments.params or PARAMS), recording)
+    log = RunLog(arguments.out)
+    params = arguments.out / 'params.yaml'
+    write_params(config, params)
+    console.print(f'replaying {recording.path}: cameras {", ".join(config.robot.camera_names)}')
+    replay = {'recording': Path(recording.path).resolve(), 'loop': 'true'}
+    if arguments.instruction:
+        replay['instruction'] = arguments.instruction
+    replay_args = [word for item in replay.items() for word in ('-p', '{}:={}'.format(*item))]
+    processes = {
+        'vla_node': start('vla_node', arguments.out / 'vla_node.log', '--params-file', str(params)),
+        'replay_node': start('replay_node', arguments.out / 'replay_node.log', *replay_args),
+    }
+    rclpy.init(args=[])
+    problems = []
+    try:
+        watcher = Watcher(log, config.robot.camera_names)
+        vla = LifecycleClient(watcher, 'vla_node')
+        vla.wait()
+        if not (vla.change('configure') and vla.change('activate')):
+            problems.append(f'vla_node could not be activated, see {arguments.out}/vla_node.log')
+        else:
+            problems.append(watch(watcher, processes, arguments.chunks))
+        for fault, message in watcher.faults.items():
+            console.print(f'{fault}: {message}', style='yellow')
+    except TimeoutError as error:
+        problems.append(str(error))
+    finally:
+        rclpy.try_shutdown()
+        for name, process in processes.items():
+            result = stop(process)
+            problems.append(f'{name} {result}' if result else '')
+    console.print(log.finish())
+    console.print(f'{arguments.out}: overlays/, queries.png, reports.jsonl, chunks.npz, *.log')
+    return [problem for problem in problems if problem]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of scripts/demo.sh."""
+    parser = argparse.ArgumentParser(prog='demo.sh', description=__doc__.splitlines()[0])
+    parser.add_argument(
+        '--recording', default=DEFAULT_RECORDING, help='rosbag2, .npz observation, or video'
+    )
+    parser.add_argument('--instruction', default='', help="the task instead of the recording's")
+    parser.add_argument('--out', type=Path, default=Path('out'), help='output folder')
+    parser.add_argument('--chunks', type=int, default=20, help='how many to wait for')
+    parser.add_argument('--params', action='append', help='parameter file; may be repeated')
+    console = Console()
+    try:
+        problems = run(parser.parse_args(argv), console)
+    except SpecPruneError as error:
+        problems = [str(error)]
+    for problem in problems:
+        console.print(f'demo: {problem}', style='bold red')
+    return 1 if problems else 0
+
+
+if __name__ == '__main__':
+    raise SystemExit(main())
