@@ -27,7 +27,7 @@ find_python() { # prints the first interpreter that passes the Python test $1
 }
 
 # Entries of an earlier `. scripts/env.sh` must not leak into what is built now.
-for name in PYTHONPATH AMENT_PREFIX_PATH CMAKE_PREFIX_PATH COLCON_PREFIX_PATH LD_LIBRARY_PATH PATH; do
+for name in PATH PYTHONPATH LD_LIBRARY_PATH {AMENT,CMAKE,COLCON}_PREFIX_PATH; do
   value=$(tr : '\n' <<<"${!name-}" | grep -vE "^($root/\.(venv|ws)(/|$)|$)" | paste -sd :) || true
   if [ -n "$value" ]; then export "$name=$value"; else unset "$name"; fi
 done
@@ -39,6 +39,9 @@ if [ -n "${ROS_DISTRO:-}" ] && [ -n "${AMENT_PREFIX_PATH:-}" ]; then
     die "ROS $ros is sourced, but no Python here imports its rclpy (apt install ros-$ros-rclpy)"
 else
   ros=wheels
+  for setup in /opt/ros/*/setup.bash; do
+    [ ! -e "$setup" ] || die "source your ROS first:  . $setup"
+  done
   [ "$(uname -sm)" = 'Linux x86_64' ] ||
     die "no ROS is sourced, and its PyPI wheels exist for x86-64 Linux only, not for $(uname -sm):" \
       'install ROS 2 with apt, source its setup.bash and run this again'
@@ -53,7 +56,8 @@ version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 [ -e "$("$python" -c 'import sysconfig; print(sysconfig.get_paths()["include"])')/Python.h" ] ||
   die "$python has no C headers: apt install python$version-dev"
 for tool in cc c++ make; do
-  command -v $tool >/dev/null || die "no $tool, which building the messages needs: apt install build-essential"
+  command -v $tool >/dev/null ||
+    die "no $tool, which building the messages needs: apt install build-essential"
 done
 
 # The environment: made anew when the interpreter or the ROS below it changed.
@@ -64,7 +68,10 @@ if [ -e .venv ] && [ "$(cat .venv/specprune_ros_kind 2>/dev/null)" != "$kind" ];
 fi
 mkdir -p .ws
 torch=${SPECPRUNE_TORCH-torch==2.13.0}
-wanted=$(printf '%s\n' "$root" "$torch" | cat - setup.py scripts/setup.sh scripts/requirements-ros.txt | sha256sum)
+wanted=$(
+  printf '%s\n' "$root" "$torch" |
+    cat - setup.py scripts/setup.sh scripts/requirements-ros.txt | sha256sum
+)
 if [ "$(cat .venv/specprune_ros_stamp 2>/dev/null)" != "$wanted" ]; then
   : >"$log"
   if [ ! -e .venv ]; then
@@ -114,7 +121,7 @@ here = {
     built + r'lib/python3\.\d+/site-packages': sysconfig.get_paths()['purelib'],
 }
 if not pathlib.Path('/usr/lib64/libc.so').exists():  # Debian and its like
-    here['/usr/lib64/'] = f'/usr/lib/{sysconfig.get_config_var("MULTIARCH") or "x86_64-linux-gnu"}/'
+    here['/usr/lib64/'] = '/usr/lib/x86_64-linux-gnu/'
 for path in pathlib.Path(sys.prefix, 'share').rglob('*.cmake'):
     before = after = path.read_text()
     for pattern, place in here.items():

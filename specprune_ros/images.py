@@ -9,29 +9,29 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import cv2
 import numpy as np
 
-from specprune_ros.errors import ObservationError
+from specprune_ros.errors import MissingDependencyError, ObservationError
 
-# encoding -> bytes per pixel, OpenCV conversion to RGB (None: channels are picked by NumPy)
+# encoding -> bytes per pixel
 _CHANNELS = {'rgb8': 3, 'bgr8': 3, 'rgba8': 4, 'bgra8': 4, 'mono8': 1, '8UC1': 1, '8UC3': 3}
+# encoding -> OpenCV's conversion to RGB
 _CONVERSIONS = {
-    'bgr8': cv2.COLOR_BGR2RGB,
-    '8UC3': cv2.COLOR_BGR2RGB,
-    'rgba8': cv2.COLOR_RGBA2RGB,
-    'bgra8': cv2.COLOR_BGRA2RGB,
-    'mono8': cv2.COLOR_GRAY2RGB,
-    '8UC1': cv2.COLOR_GRAY2RGB,
+    'bgr8': 'COLOR_BGR2RGB',
+    '8UC3': 'COLOR_BGR2RGB',
+    'rgba8': 'COLOR_RGBA2RGB',
+    'bgra8': 'COLOR_BGRA2RGB',
+    'mono8': 'COLOR_GRAY2RGB',
+    '8UC1': 'COLOR_GRAY2RGB',
     # OpenCV names a Bayer pattern by its second row, ROS by its first.
-    'bayer_rggb8': cv2.COLOR_BayerBG2RGB,
-    'bayer_bggr8': cv2.COLOR_BayerRG2RGB,
-    'bayer_gbrg8': cv2.COLOR_BayerGR2RGB,
-    'bayer_grbg8': cv2.COLOR_BayerGB2RGB,
-    'uyvy': cv2.COLOR_YUV2RGB_UYVY,
-    'yuv422': cv2.COLOR_YUV2RGB_UYVY,
-    'yuyv': cv2.COLOR_YUV2RGB_YUYV,
-    'yuv422_yuy2': cv2.COLOR_YUV2RGB_YUYV,
+    'bayer_rggb8': 'COLOR_BayerBG2RGB',
+    'bayer_bggr8': 'COLOR_BayerRG2RGB',
+    'bayer_gbrg8': 'COLOR_BayerGR2RGB',
+    'bayer_grbg8': 'COLOR_BayerGB2RGB',
+    'uyvy': 'COLOR_YUV2RGB_UYVY',
+    'yuv422': 'COLOR_YUV2RGB_UYVY',
+    'yuyv': 'COLOR_YUV2RGB_YUYV',
+    'yuv422_yuy2': 'COLOR_YUV2RGB_YUYV',
 }
 _BYTES = {
     **_CHANNELS,
@@ -92,12 +92,13 @@ class RawImage:
         depth = _BYTES[self.encoding]
         flat = np.frombuffer(self.data, np.uint8)
         pixels = np.lib.stride_tricks.as_strided(
-            flat, (self.height, self.width, depth), (self.step, depth, 1), writeable=False
+            flat, (self.height, self.width, depth), (self.step, depth, 1)
         )
         if self.encoding == 'rgb8':
             return pixels
         contiguous = np.ascontiguousarray(pixels[..., 0] if depth == 1 else pixels)
-        return cv2.cvtColor(contiguous, _CONVERSIONS[self.encoding])
+        cv2 = _opencv()
+        return cv2.cvtColor(contiguous, getattr(cv2, _CONVERSIONS[self.encoding]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,6 +125,7 @@ class CompressedImage:
 
     def rgb(self) -> np.ndarray:
         """[rows, cols, 3] uint8."""
+        cv2 = _opencv()
         image = cv2.imdecode(np.frombuffer(self.data, np.uint8), cv2.IMREAD_COLOR)
         if image is None:
             raise ObservationError(
@@ -133,6 +135,17 @@ class CompressedImage:
                 'does not decode',
             )
         return cv2.cvtColor(image, cv2.COLOR_BGR2RGB, dst=image)
+
+
+def _opencv():
+    """OpenCV, imported when the first image needs it: rgb8 does not."""
+    try:
+        import cv2
+    except ImportError as error:
+        raise MissingDependencyError(
+            'cv2', 'an image that is not rgb8', 'pip install opencv-python-headless'
+        ) from error
+    return cv2
 
 
 CameraImage = RawImage | CompressedImage

@@ -1,3 +1,68 @@
-"""stub"""
-def add_arguments(p): ...
-def run(a): ...
+"""Time dense and pruned inference, interleaved in one run.
+
+End to end from uint8 images on the host to actions on the host, coarse and fine mode mixed 1:1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import json
+from pathlib import Path
+
+from specprune_ros.cli.options import add_config_arguments, config_from
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    add_config_arguments(parser)
+    parser.add_argument(
+        '--cameras', type=int, nargs='+', default=[1, 2, 3], choices=range(1, 5), metavar='N'
+    )
+    parser.add_argument('--repeats', type=int, default=30, help='queries per variant')
+    parser.add_argument('--csv', type=Path, help='write all rows here')
+    parser.add_argument('--json', type=Path, help='write all rows here, as a list')
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command."""
+    from specprune_ros.bench import latency
+    from specprune_ros.models import pick_device
+
+    config = config_from(arguments)
+    rows = []
+    for cameras in arguments.cameras:
+        variants = latency.make_variants(config, cameras)
+        rows += latency.rows_of(variants, list(latency.measure(variants, arguments.repeats)))
+    environment = latency.environment(pick_device(config.model.device))
+    print(', '.join(f'{key} {value}' for key, value in environment.items()))
+    print(f'model {variants[0].policy.model.info.name}')
+    print(f'alpha {config.pruning.alpha:g}, {arguments.repeats} queries each, coarse:fine 1:1')
+    print(table(rows))
+    records = [{**dataclasses.asdict(row), **environment} for row in rows]
+    if arguments.json:
+        arguments.json.write_text(json.dumps(records, indent=1) + '\n')
+    if arguments.csv:
+        with arguments.csv.open('w', newline='') as file:
+            writer = csv.DictWriter(file, fieldnames=records[0])
+            writer.writeheader()
+            writer.writerows(records)
+    return 0
+
+
+def table(rows: list) -> str:
+    """The rows as text; without a dependency, so that a bare PyTorch machine prints it too."""
+    lines = [
+        f'{"cameras":>7} {"method":<10} {"form":<11} {"stage":<10} {"median ms":>9} {"p95 ms":>8} '
+        f'{"dense/this":>10} {"quartiles":>11} {"kept %":>9}'
+    ]
+    for row in rows:
+        kept = f'{100 * row.kept_static:.0f} > {100 * row.kept_final:.0f}'
+        quartiles = f'{row.ratio_low:.2f}-{row.ratio_high:.2f}'
+        lines.append(
+            f'{row.cameras:>7} {row.method:<10} {row.form:<11} {row.stage:<10} '
+            f'{row.median_ms:>9.2f} {row.p95_ms:>8.2f} {row.ratio_to_dense_sdpa:>9.2f}x '
+            f'{quartiles:>11} {kept:>9}'
+        )
+    return '\n'.join(lines)

@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -164,7 +163,11 @@ class OpenVLAOFT:
         rows, cols = self.info.image_size
         if image.shape[:2] == (rows, cols):
             return image
-        return cv2.resize(image, (cols, rows), interpolation=cv2.INTER_AREA)
+        if not image.flags.writeable:  # torch would warn of the read-only buffer
+            image = image.copy()
+        pixels = torch.from_numpy(image).permute(2, 0, 1)[None]
+        resized = F.interpolate(pixels, (rows, cols), mode='bilinear', antialias=True)
+        return resized[0].permute(1, 2, 0).contiguous().numpy()
 
     def embed(self, images: Tensor, proprio: np.ndarray | None, instruction: str) -> Prompt:
         """BOS, patches of every camera, proprio, prompt, zeroed placeholders, stop."""

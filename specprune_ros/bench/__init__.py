@@ -1,0 +1,1 @@
+"""Measurements; no ROS, and nothing but torch, transformers and NumPy."""

@@ -1,0 +1,102 @@
+"""Dependencies point inward: ROS at the rim, heavy packages only where they are needed."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / 'specprune_ros'
+MODULES = sorted(path for path in PACKAGE.rglob('*.py'))
+ROS = {
+    'rclpy', 'sensor_msgs', 'std_msgs', 'diagnostic_msgs', 'lifecycle_msgs', 'rcl_interfaces',
+    'builtin_interfaces', 'launch', 'launch_ros',
+}  # fmt: skip
+
+
+def imported(path: Path, *, top_only: bool) -> set[str]:
+    """Names of the modules that a file imports."""
+    tree = ast.parse(path.read_text())
+    nodes = tree.body if top_only else ast.walk(tree)
+    names = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module or '')
+    return names
+
+
+def uses(names: set[str], package: str) -> bool:
+    return any(name == package or name.startswith(package + '.') for name in names)
+
+
+@pytest.mark.parametrize('path', MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_dependencies_point_inward(path):
+    where = path.relative_to(PACKAGE).parts
+    names = imported(path, top_only=False)
+    if where[0] != 'ros':
+        assert not [ros for ros in ROS if uses(names, ros)], 'ROS outside ros/'
+        assert not uses(names, 'specprune_ros.msg')
+    if where[0] not in ('ros', 'cli'):
+        assert not uses(names, 'specprune_ros.ros')
+    if where[0] == 'ros' and where[-1] not in (
+        'conversions.py', 'vla_node.py', 'replay_node.py', 'demo.py'
+    ):  # fmt: skip
+        assert not uses(names, 'specprune_ros.msg')
+    if where[0] == 'pruning':
+        assert not uses(names, 'specprune_ros.models'), 'a method never sees a model'
+    if where[0] == 'models' and where[-1] != 'decoder.py':
+        assert not uses(names, 'specprune_ros.pruning'), 'a model never sees a method'
+    assert not uses(imported(path, top_only=True), 'transformers'), 'loaders import it lazily'
+
+
+@pytest.mark.parametrize('name', ['msg', 'srv', 'action'])
+def test_no_module_shadows_a_generated_one(name):
+    assert not list(PACKAGE.glob(f'{name}*'))
+
+
+def run_python(code: str) -> str:
+    # -S would lose the environment's packages; a blocking finder does what an absent ROS would.
+    done = subprocess.run(
+        [sys.executable, '-c', code], capture_output=True, text=True, timeout=60, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+BLOCK = f"""
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition('.')[0] in {sorted(ROS)!r}:
+            raise ImportError(name + ' is absent in this test')
+sys.meta_path.insert(0, Absent())
+"""
+
+
+def test_importing_the_package_imports_nothing_heavy():
+    loaded = run_python(
+        'import sys, specprune_ros; '
+        "print([m for m in ('torch', 'numpy', 'rclpy', 'transformers') if m in sys.modules])"
+    )
+    assert loaded.strip() == '[]'
+
+
+def test_policy_runs_without_ros():
+    out = run_python(
+        BLOCK
+        + """
+import numpy as np
+from specprune_ros.config import from_mapping
+from specprune_ros.policy import Policy
+from specprune_ros.types import Observation
+policy = Policy.load(from_mapping({'robot.camera_names': ['side'], 'model.threads': 1}))
+image = np.zeros((48, 64, 3), np.uint8)
+observation = Observation(images={'side': image}, proprio=None, instruction='go', stamp_ns=0)
+print(policy.infer(observation).chunk.data.shape, 'cv2' in sys.modules)
+"""
+    )
+    assert out.strip() == '(8, 7) False'
