@@ -3,11 +3,12 @@
 ros2 launch specprune_ros replay.launch.py recording:=/path/to/bag loop:=true
 """
 
-from launch import LaunchDescription
 from launch.actions import DeclareLaunchArgument
 from launch.substitutions import LaunchConfiguration
 from launch_ros.actions import Node
 from launch_ros.parameter_descriptions import ParameterValue
+
+from launch import LaunchDescription
 
 # name: (default, meaning, type of the parameter; None for what is no parameter)
 ARGUMENTS = {

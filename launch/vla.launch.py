@@ -6,7 +6,6 @@ ros2 launch specprune_ros vla.launch.py robot:=libero_franka recording:=/path/to
 import os
 
 from ament_index_python.packages import get_package_share_directory
-from launch import LaunchContext, LaunchDescription
 from launch.actions import (
     DeclareLaunchArgument,
     EmitEvent,
@@ -24,6 +23,8 @@ from launch_ros.event_handlers import OnStateTransition
 from launch_ros.events.lifecycle import ChangeState
 from lifecycle_msgs.msg import Transition
 
+from launch import LaunchContext, LaunchDescription
+
 SHARE = get_package_share_directory('specprune_ros')
 ARGUMENTS = {
     'robot': ('libero_franka', 'a file of config/robots, or a path'),
@@ -31,7 +32,7 @@ ARGUMENTS = {
     'pruning': ('specprune', 'a file of config/pruning, or a path'),
     'params_file': ('', 'a parameter file over all others'),
     'cameras': ('', "camera names, e.g. 'wrist,side'; empty: the robot file's"),
-    'transport': ('', 'raw or compressed, for all cameras; empty: the robot file\'s'),
+    'transport': ('', "raw or compressed, for all cameras; empty: the robot file's"),
     'namespace': ('', 'namespace of all nodes'),
     'use_sim_time': ('false', 'take time from /clock'),
     'log_level': ('info', 'debug, info, warn or error'),

@@ -13,7 +13,7 @@ if [ ! -e "$_sp_root/.venv/bin/activate" ] || [ ! -e "$_sp_root/.ws/install/loca
   return 1
 fi
 
-if [ "$_sp_ros" != wheels ] && [ -z "${ROS_DISTRO:-}" ] && [ -e "/opt/ros/$_sp_ros/local_setup.sh" ]; then
+if [ -z "${AMENT_PREFIX_PATH:-}" ] && [ -e "/opt/ros/$_sp_ros/setup.$_sp_shell" ]; then
   . "/opt/ros/$_sp_ros/setup.$_sp_shell"
 fi
 [ "${VIRTUAL_ENV:-}" = "$_sp_root/.venv" ] || . "$_sp_root/.venv/bin/activate"
@@ -25,10 +25,12 @@ if [ "$_sp_ros" = wheels ]; then # the venv is the ROS prefix
 fi
 . "$_sp_root/.ws/install/local_setup.$_sp_shell"
 
-export FASTDDS_DEFAULT_PROFILES_FILE="${FASTDDS_DEFAULT_PROFILES_FILE:-$_sp_root/config/fastdds.xml}"
+: "${FASTDDS_DEFAULT_PROFILES_FILE:=$_sp_root/config/fastdds.xml}"
+export FASTDDS_DEFAULT_PROFILES_FILE
 case ${ROS_DISTRO:-} in
   humble | jazzy) # Fast DDS 2 knows the variable by this name, and Fast DDS 3 warns of it
-    export FASTRTPS_DEFAULT_PROFILES_FILE="${FASTRTPS_DEFAULT_PROFILES_FILE:-$FASTDDS_DEFAULT_PROFILES_FILE}" ;;
+    : "${FASTRTPS_DEFAULT_PROFILES_FILE:=$FASTDDS_DEFAULT_PROFILES_FILE}"
+    export FASTRTPS_DEFAULT_PROFILES_FILE ;;
 esac
 export ROS_AUTOMATIC_DISCOVERY_RANGE="${ROS_AUTOMATIC_DISCOVERY_RANGE:-LOCALHOST}"
 

@@ -20,8 +20,8 @@ quietly() {
 }
 find_python() { # prints the first interpreter that passes the Python test $1
   local name
-  for name in ${SPECPRUNE_PYTHON:-"${@:2}"}; do
-    "$name" -c "import sys; $1; print(sys._base_executable)" 2>/dev/null && return
+  for name in ${SPECPRUNE_PYTHON:-.venv/bin/python "${@:2}"}; do
+    "$name" -c "import os, sys; $1; print(os.path.realpath(sys._base_executable))" 2>/dev/null && return
   done
   return 1
 }
@@ -43,8 +43,8 @@ else
     [ ! -e "$setup" ] || die "source your ROS first:  . $setup"
   done
   [ "$(uname -sm)" = 'Linux x86_64' ] ||
-    die "no ROS is sourced, and its PyPI wheels exist for x86-64 Linux only, not for $(uname -sm):" \
-      'install ROS 2 with apt, source its setup.bash and run this again'
+    die 'no ROS is sourced, and its PyPI wheels exist for x86-64 Linux only, not for' \
+      "$(uname -sm): install ROS 2 with apt, source its setup.bash and run this again"
   test='assert sys.implementation.name == "cpython" and (3, 10) <= sys.version_info[:2] <= (3, 13)'
   python=$(find_python "$test" python3 python3.11 python3.12 python3.10 python3.13) ||
     die 'no ROS is sourced, and its PyPI wheels need CPython 3.10 to 3.13: none is on PATH' \
@@ -97,7 +97,8 @@ for line in importlib.metadata.requires('specprune_ros'):
     imports torch && [ -z "${SPECPRUNE_TORCH+set}" ] && torch=
     imports 'numpy; assert numpy.__version__ < "2"' && echo 'numpy<2' >.ws/constraints.txt
     imports 'colcon_ros, colcon_cmake' ||
-      mapfile -t -O ${#requirements[@]} requirements < <(grep ^colcon- scripts/requirements-ros.txt)
+      mapfile -t -O ${#requirements[@]} requirements < \
+        <(grep ^colcon- scripts/requirements-ros.txt)
   fi
   command -v cmake >/dev/null || requirements+=(cmake)
   say "installing Python packages${torch:+, $torch among them}"

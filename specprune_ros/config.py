@@ -159,7 +159,12 @@ class PruneConfig:
 
     method: str = setting('specprune', 'method, a key of specprune_ros.pruning.METHODS', live=True)
     alpha: float = setting(
-        0.8, 'scales all K; smaller prunes more (paper 7.3)', low=0.1, high=2.0, unit='1', live=True
+        0.8,
+        'scales all K; smaller prunes more (paper 7.3)',
+        low=0.1,
+        high=2.0,
+        unit='1',
+        live=True,
     )
     budget: str = setting(
         'auto',
@@ -332,7 +337,9 @@ def _plain(value: object, kind: str) -> object:
 
 def parameter_names() -> list[str]:
     """All parameter names, `axis.field`."""
-    return [f'{axis}.{spec.name}' for axis, cls in AXES.items() for spec in dataclasses.fields(cls)]
+    return [
+        f'{axis}.{spec.name}' for axis, cls in AXES.items() for spec in dataclasses.fields(cls)
+    ]
 
 
 def load_config(

@@ -120,7 +120,10 @@ class CompressedImage:
             )
         if 'compressedDepth' in self.format:
             raise ObservationError(
-                'image_encoding', f'{self.field}.format', self.format, 'depth is not a colour image'
+                'image_encoding',
+                f'{self.field}.format',
+                self.format,
+                'depth is not a colour image',
             )
 
     def rgb(self) -> np.ndarray:

@@ -37,9 +37,7 @@ class Inbox:
         """Keep a camera's newest image."""
         self._images[camera] = (stamp_ns, image)
 
-    def put_joints(
-        self, stamp_ns: int, names: Sequence[str], positions: Sequence[float]
-    ) -> None:
+    def put_joints(self, stamp_ns: int, names: Sequence[str], positions: Sequence[float]) -> None:
         """Keep the newest joint state; joints are found by name, in any order, extra ones ignored.
 
         Raises:

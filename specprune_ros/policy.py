@@ -252,9 +252,7 @@ class Policy:
         age, images = found
         return age, patch_similarity(frames, self._to_device(images), self.model.info.grid)
 
-    def _decode(
-        self, prompt: Prompt, context: QueryContext
-    ) -> tuple[Decoded, PruneRun, str]:
+    def _decode(self, prompt: Prompt, context: QueryContext) -> tuple[Decoded, PruneRun, str]:
         """Decode with pruning, or dense when that fails; also why it failed."""
         fallback = ''
         try:

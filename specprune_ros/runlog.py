@@ -200,7 +200,9 @@ def plot_queries(reports: list[PruneReport], path: Path) -> None:
     handles = [Patch(color=MODE_COLORS[m], alpha=0.3, label=m.name.lower()) for m in set(modes)]
     speed.legend(handles=[*speed.get_lines(), *handles], fontsize=8, ncols=2)
     latency.bar(query, [1e3 * r.latency_total_s for r in reports], color='#cccccc', label='total')
-    latency.bar(query, [1e3 * r.latency_decode_s for r in reports], color='#444444', label='decode')
+    latency.bar(
+        query, [1e3 * r.latency_decode_s for r in reports], color='#444444', label='decode'
+    )
     latency.set(ylabel='latency, ms', xlabel='query')
     latency.xaxis.set_major_locator(MaxNLocator(integer=True))
     latency.legend(fontsize=8)

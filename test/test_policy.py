@@ -64,7 +64,9 @@ class TestContract:
             assert ((gone == 0).sum(axis=1) == report.tokens_kept).all()
             assert (report.tokens_kept <= report.tokens_static).all()
             assert (report.tokens_static <= report.tokens_total).all()
-            counts = [512 - int(((gone > 0) & (gone <= layer)).sum()) for layer in report.layer_index]
+            counts = [
+                512 - int(((gone > 0) & (gone <= layer)).sum()) for layer in report.layer_index
+            ]
             assert counts == report.layer_tokens.tolist()
             assert report.fallback_reason == ''
 

@@ -78,7 +78,9 @@ def test_eq5_and_eq9_scores_and_ten_percent_prune(base):
     maps = attention(data, data['text_idx'], image)
     confidence = torch.from_numpy(data['eq8_conf_renorm']).float()
     total = torch.zeros(len(image))
-    for index, expected in zip(range(2, 6), data[f'eq5_9_S_joint_per_head_base{base}'], strict=True):
+    for index, expected in zip(
+        range(2, 6), data[f'eq5_9_S_joint_per_head_base{base}'], strict=True
+    ):
         weight = scores.rank_weight(maps[index].mean(dim=1), 0.1, base)
         total = scores.ema(total, weight * confidence[index], 0.2)
         np.testing.assert_allclose(total.numpy(), expected, rtol=1e-4, atol=1e-7)
@@ -118,7 +120,9 @@ def test_similarity_rejects_frames_that_differ_in_shape():
 
 @given(st.integers(0, 40), st.integers(1, 3), st.randoms(use_true_random=False))
 def test_top_k_rank_has_k_distinct_ranks_per_row(k, rows, random):
-    values = torch.tensor([[random.choice([0.0, 0.5, 1.0]) for _ in range(20)] for _ in range(rows)])
+    values = torch.tensor(
+        [[random.choice([0.0, 0.5, 1.0]) for _ in range(20)] for _ in range(rows)]
+    )
     ranks = scores.top_k_rank(values, k)
     for row, scored in zip(ranks, values, strict=True):
         finite = row.isfinite()

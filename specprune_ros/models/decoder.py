@@ -157,9 +157,7 @@ def decode(decoder: Decoder, embeds: Tensor, layout: TokenLayout, run: PruneRun)
     hidden = embeds
     for index, layer in enumerate(decoder.layers):
         hidden, query, key = _layer_forward(layer, hidden, cos, sin, decoder)
-        probe = Probe(
-            index + 1, hidden, query, key, decoder.causal, layout, pos_idx, visual_idx
-        )
+        probe = Probe(index + 1, hidden, query, key, decoder.causal, layout, pos_idx, visual_idx)
         keep = _ask(run, probe)
         if keep is None:
             continue

@@ -42,7 +42,7 @@ class Tokenizer(Protocol):
     stop_id: int
 
     def prompt(self, instruction: str) -> PromptTokens:
-        """Tokenise `In: What action should the robot take to {instruction}?\\nOut:`."""
+        """Tokenise the prompt template of section 6 around the lower-cased instruction."""
 
 
 @dataclass(frozen=True, eq=False)

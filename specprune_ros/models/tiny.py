@@ -48,7 +48,7 @@ ATTENTION_GAIN = 1.6
 
 
 class WordTokenizer:
-    """Stand-in for Llama's tokenizer: one id per word, by hash; the layout is the real prompt's."""
+    """Stand-in for Llama's tokenizer: one id per word, by hash; the real prompt's layout."""
 
     bos_id, stop_id, end_piece_id, first_word_id = 1, 2, 3, 4
 

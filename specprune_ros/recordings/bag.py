@@ -37,9 +37,7 @@ class BagRecording:
         MissingDependencyError: rosbags is not installed.
     """
 
-    def __init__(
-        self, path: Path, cameras: dict[str, str] | None = None, instruction: str = ''
-    ):
+    def __init__(self, path: Path, cameras: dict[str, str] | None = None, instruction: str = ''):
         self.path = str(path)
         self._instruction = instruction
         with self._open() as reader:
@@ -52,9 +50,7 @@ class BagRecording:
             self._start_ns = reader.start_time
             joints = [c for c in reader.connections if c.msgtype == JOINTS]
             first = next(reader.messages(joints), None) if joints else None
-            self.joint_names = (
-                tuple(reader.deserialize(first[2], JOINTS).name) if first else ()
-            )
+            self.joint_names = tuple(reader.deserialize(first[2], JOINTS).name) if first else ()
         self.cameras = tuple(self._images)
         self.has_actions = EXECUTED in self._others.values()
         has_text = any(kind == TEXT for kind in self._others.values())
@@ -134,11 +130,11 @@ def register_own_messages(typestore) -> None:
     roots = [here.parents[2] / 'msg', Path(sys.prefix) / 'share' / 'specprune_ros' / 'msg']
     roots += [parent / 'share' / 'specprune_ros' / 'msg' for parent in here.parents]
     for name in OWN_MESSAGES:
-        file = next((root / f'{name}.msg' for root in roots if (root / f'{name}.msg').is_file()), None)
+        file = next(
+            (root / f'{name}.msg' for root in roots if (root / f'{name}.msg').is_file()), None
+        )
         if file is not None:
-            typestore.register(
-                get_types_from_msg(file.read_text(), f'specprune_ros/msg/{name}')
-            )
+            typestore.register(get_types_from_msg(file.read_text(), f'specprune_ros/msg/{name}'))
 
 
 def _is_wanted(topic: str, kind: str) -> bool:

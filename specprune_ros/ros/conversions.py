@@ -9,11 +9,11 @@ import numpy as np
 from builtin_interfaces.msg import Duration, Time
 from sensor_msgs.msg import CompressedImage as CompressedImageMsg
 from sensor_msgs.msg import Image, JointState
+
+from specprune_ros.images import CompressedImage, RawImage
 from specprune_ros.msg import ActionChunk as ActionChunkMsg
 from specprune_ros.msg import ExecutedAction as ExecutedActionMsg
 from specprune_ros.msg import PruningDiagnostics
-
-from specprune_ros.images import CompressedImage, RawImage
 from specprune_ros.types import ActionChunk, ExecutedAction, PolicyResult, PruneReport
 
 NS = 1_000_000_000

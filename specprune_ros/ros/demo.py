@@ -22,10 +22,10 @@ from rclpy.node import Node
 from rich.console import Console
 from rich.progress import Progress
 from sensor_msgs.msg import Image
-from specprune_ros.msg import ActionChunk, PruningDiagnostics
 
 from specprune_ros.config import AXES, PolicyConfig, load_config
 from specprune_ros.errors import SpecPruneError
+from specprune_ros.msg import ActionChunk, PruningDiagnostics
 from specprune_ros.offline import fit_robot
 from specprune_ros.recordings import open_recording
 from specprune_ros.ros import conversions, qos
@@ -155,7 +155,9 @@ def run(arguments: argparse.Namespace, console: Console) -> list[str]:
         replay['instruction'] = arguments.instruction
     replay_args = [word for item in replay.items() for word in ('-p', '{}:={}'.format(*item))]
     processes = {
-        'vla_node': start('vla_node', arguments.out / 'vla_node.log', '--params-file', str(params)),
+        'vla_node': start(
+            'vla_node', arguments.out / 'vla_node.log', '--params-file', str(params)
+        ),
         'replay_node': start('replay_node', arguments.out / 'replay_node.log', *replay_args),
     }
     rclpy.init(args=[])

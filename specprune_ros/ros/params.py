@@ -30,7 +30,9 @@ class Parameters:
         self._defaults = PolicyConfig()
         for axis, cls in AXES.items():
             for spec in dataclasses.fields(cls):
-                self._declare(f'{axis}.{spec.name}', getattr(getattr(self._defaults, axis), spec.name), spec)
+                self._declare(
+                    f'{axis}.{spec.name}', getattr(getattr(self._defaults, axis), spec.name), spec
+                )
 
     def read(self) -> PolicyConfig:
         """The configuration that holds now.
@@ -99,7 +101,7 @@ def describe(spec: dataclasses.Field) -> ParameterDescriptor:
     descriptor = ParameterDescriptor(
         description=meta['doc'] + unit,
         additional_constraints='; '.join(constraints),
-        # Types are checked by config.py, which takes YAML's `1` for a float and says what is wrong.
+        # config.py checks types: it takes YAML's `1` for a float, and says what is wrong.
         dynamic_typing=True,
     )
     low, high = meta['low'], meta['high']

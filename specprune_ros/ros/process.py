@@ -15,7 +15,10 @@ SPIN_S = 0.1  # longest time until a signal is noticed
 
 
 def spin_process(
-    make_node: Callable[[], Node], args: list[str] | None = None, *, done: threading.Event | None = None
+    make_node: Callable[[], Node],
+    args: list[str] | None = None,
+    *,
+    done: threading.Event | None = None,
 ) -> int:
     """Run one node until SIGINT, SIGTERM, or `done`; then tear it down.
 

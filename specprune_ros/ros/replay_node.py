@@ -14,13 +14,13 @@ from diagnostic_msgs.msg import DiagnosticArray
 from rcl_interfaces.msg import FloatingPointRange, ParameterDescriptor
 from rclpy.node import Node
 from sensor_msgs.msg import CompressedImage, Image, JointState
-from specprune_ros.msg import ExecutedAction as ExecutedActionMsg
 from std_msgs.msg import String
 
 from specprune_ros.errors import ConfigError, ObservationError, SpecPruneError
 from specprune_ros.health import Health
 from specprune_ros.images import CompressedImage as EncodedImage
 from specprune_ros.images import as_rgb
+from specprune_ros.msg import ExecutedAction as ExecutedActionMsg
 from specprune_ros.recordings import Recording, open_recording
 from specprune_ros.recordings.base import CameraEvent, Event, InstructionEvent, JointEvent
 from specprune_ros.ros import conversions, diagnostics, qos
@@ -49,9 +49,7 @@ class ReplayNode(Node):
         self._declare()
         self._sinks: dict[str, object] = {}
         self._played = 0
-        self._diagnostics = self.create_publisher(
-            DiagnosticArray, '/diagnostics', qos.DIAGNOSTICS
-        )
+        self._diagnostics = self.create_publisher(DiagnosticArray, '/diagnostics', qos.DIAGNOSTICS)
         self.create_timer(diagnostics.PERIOD_S, self._publish_diagnostics)
         self._thread = threading.Thread(target=self._run, name='replay', daemon=True)
         self._thread.start()
@@ -77,7 +75,9 @@ class ReplayNode(Node):
         declare('instruction', '', "the task instead of the recording's")
         declare('camera', 'side', "a video's camera name")
         declare('instruction_topic', 'vla_node/instruction', 'where the instruction goes')
-        declare('wait_for_subscriber_s', 10.0, 'wait this long for an image subscriber', 0.0, 600.0)
+        declare(
+            'wait_for_subscriber_s', 10.0, 'wait this long for an image subscriber', 0.0, 600.0
+        )
         declare('exit_at_end', False, 'end the process at the end of the recording')
 
     def _value(self, name: str):

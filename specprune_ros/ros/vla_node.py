@@ -16,7 +16,6 @@ from rcl_interfaces.msg import SetParametersResult
 from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
 from rclpy.parameter import Parameter
 from sensor_msgs.msg import CompressedImage, Image, JointState
-from specprune_ros.msg import ActionChunk, ExecutedAction, PruningDiagnostics
 from std_msgs.msg import String
 
 from specprune_ros.config import PolicyConfig
@@ -24,6 +23,7 @@ from specprune_ros.errors import ConfigError, ObservationError, SpecPruneError
 from specprune_ros.health import Health
 from specprune_ros.images import as_rgb
 from specprune_ros.inbox import Inbox
+from specprune_ros.msg import ActionChunk, ExecutedAction, PruningDiagnostics
 from specprune_ros.overlay import draw_overlay
 from specprune_ros.policy import Policy
 from specprune_ros.ros import conversions, diagnostics, qos
@@ -57,9 +57,7 @@ class VlaNode(LifecycleNode):
         self._frame_ids: dict[str, str] = {}
         self._ticket = 0  # of the current activation; results of an older one are void
         self._active = False
-        self._diagnostics = self.create_publisher(
-            DiagnosticArray, '/diagnostics', qos.DIAGNOSTICS
-        )
+        self._diagnostics = self.create_publisher(DiagnosticArray, '/diagnostics', qos.DIAGNOSTICS)
         self.create_timer(diagnostics.PERIOD_S, self._publish_diagnostics)
         self.add_on_set_parameters_callback(self._on_parameters)
         for stranger in self._settings.strangers():
@@ -93,10 +91,15 @@ class VlaNode(LifecycleNode):
     def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Subscribe and start to infer."""
         robot = self._config.robot
-        kinds = {'raw': (Image, 'image_raw'), 'compressed': (CompressedImage, 'image_raw/compressed')}
+        kinds = {
+            'raw': (Image, 'image_raw'),
+            'compressed': (CompressedImage, 'image_raw/compressed'),
+        }
         for camera, transport in robot.per_camera('camera_transports').items():
             kind, leaf = kinds[transport]
-            self._subscribe(kind, f'cameras/{camera}/{leaf}', self._image_callback(camera), qos.SENSOR)
+            self._subscribe(
+                kind, f'cameras/{camera}/{leaf}', self._image_callback(camera), qos.SENSOR
+            )
         if robot.joint_names:
             self._subscribe(JointState, 'joint_states', self._on_joints, qos.SENSOR)
         self._subscribe(ExecutedAction, 'executed_action', self._on_executed, qos.EVERY_STEP)

@@ -1,0 +1,246 @@
+"""An active vla_node under bad input and parameter changes: counted, explained, and it goes on."""
+
+import array
+import time
+
+import numpy as np
+import pytest
+
+rclpy = pytest.importorskip('rclpy', reason='no ROS here: source one, or run scripts/test.sh')
+pytest.importorskip('specprune_ros.msg', reason='messages are not built: run scripts/setup.sh')
+
+from ros_world import CAMERAS, FAST_NODE, NodeProcess, World, ros_domain  # noqa: E402
+from sensor_msgs.msg import Image  # noqa: E402
+from std_msgs.msg import String  # noqa: E402
+
+from specprune_ros.config import parameter_names  # noqa: E402
+from specprune_ros.ros import conversions  # noqa: E402
+from specprune_ros.types import Mode  # noqa: E402
+
+pytestmark = [pytest.mark.ros, pytest.mark.timeout(180)]
+
+
+@pytest.fixture(autouse=True, scope='module')
+def context():
+    """One ROS domain for this file's tests and their processes."""
+    with ros_domain(0):
+        yield
+
+
+@pytest.fixture(scope='module')
+def active():
+    """A vla_node that all tests of bad input share: none of them may bring it down."""
+    with NodeProcess('vla_node', FAST_NODE) as process:
+        node = World('active_world')
+        node.start()
+        assert node.more_chunks(3), process.output()
+        yield node
+        assert process.process.poll() is None
+        node.destroy_node()
+
+
+# Chunks ----------------------------------------------------------------------------------------
+
+
+def test_chunks_and_reports_flow(active):
+    active.streams.add('executed')
+    active.chunks.clear(), active.reports.clear()
+    assert active.more_chunks(3)
+    assert active.run(5, lambda: len(active.reports) >= 3)
+    active.streams.discard('executed')
+    chunk, report = active.chunks[-1], active.reports[-1]
+    assert chunk.horizon * len(chunk.names) == len(chunk.data) == 56
+    assert np.isfinite(chunk.data).all()
+    assert chunk.dry_run
+    assert chunk.stand_in
+    assert chunk.step_dt.nanosec == 50_000_000
+    age = time.time_ns() - (chunk.observation_stamp.sec * 10**9 + chunk.observation_stamp.nanosec)
+    assert 0 < age < 5e9
+    assert report.cameras == list(CAMERAS)
+    assert len(report.reason) == len(report.pruned_after_layer) == 512
+    assert list(report.tokens_total) == [256, 256]
+    assert report.mode == Mode.COARSE
+
+
+def test_diagnostics_say_how_it_is(active):
+    active.run(3)
+    assert active.statuses['vla_node: inputs'].message == 'complete'
+    values = {v.key: v.value for v in active.statuses['vla_node: inference'].values}
+    assert int(values['queries']) > 0
+    assert float(values['latency p95 ms']) > 0
+    assert active.statuses['vla_node: inference'].hardware_id.startswith('tiny (stand-in')
+
+
+def test_overlay_has_the_image_header_and_a_legend(active):
+    got = []
+    subscription = active.create_subscription(Image, 'vla_node/overlay/side', got.append, 10)
+    assert active.run(10, lambda: len(got) >= 2)
+    active.destroy_subscription(subscription)
+    assert got[-1].header.frame_id == 'camera_optical_frame'
+    assert got[-1].encoding == 'rgb8'
+    assert got[-1].width >= 448
+    assert len(got[-1].data) == got[-1].height * got[-1].step
+
+
+# Bad input: one clear message, counted, and the node goes on ------------------------------------
+
+
+def bad_image(active, **changes):
+    return lambda: active.cameras['wrist'].publish(active.image(**changes))
+
+
+BAD_IMAGES = {
+    'image_encoding': ({'encoding': '32FC1'}, ("cameras/wrist.encoding = '32FC1'", 'rgb8')),
+    'image_truncated': (
+        {'data': array.array('B', bytes(100))},
+        ("cameras/wrist.data = '100 bytes'", 'needs 9216'),
+    ),
+    'image_empty': ({'height': 0, 'width': 0}, ("= '0x0'", 'no pixels')),
+    'image_step': ({'step': 5}, ('cameras/wrist.step = 5', '192 bytes')),
+}
+
+
+@pytest.mark.parametrize('code', BAD_IMAGES)
+def test_bad_image(active, code):
+    changes, words = BAD_IMAGES[code]
+    message = active.fault_counted(code, bad_image(active, **changes))
+    assert all(word in message for word in words), message
+    assert active.more_chunks(2)
+
+
+@pytest.mark.parametrize(
+    ('code', 'names', 'positions', 'words'),
+    [
+        ('joint_not_finite', ('j1', 'j2', 'j3'), (0.0, np.nan, 0.0), ('position', "'j2': nan")),
+        ('joint_missing', ('j1', 'j2'), (0.0, 0.0), ('joint_states.name', "lacks ['j3']")),
+    ],
+)
+def test_bad_joint_state(active, code, names, positions, words):
+    message = active.fault_counted(
+        code, lambda: active.joints.publish(active.joint_state(names, positions))
+    )
+    assert all(word in message for word in words), message
+    assert active.more_chunks(2)
+
+
+def test_joints_in_another_order_are_taken(active):
+    before = dict(active.faults)
+    active.joints.publish(active.joint_state(('j3', 'extra', 'j1', 'j2'), (3, 9, 1, 2)))
+    assert active.more_chunks(2)
+    assert active.faults == before
+
+
+def test_empty_instruction(active):
+    message = active.fault_counted(
+        'instruction_empty', lambda: active.instruction.publish(String(data=' '))
+    )
+    assert "instruction = ' '" in message
+    assert active.more_chunks(2)
+
+
+def test_missing_camera(active):
+    active.streams.discard('wrist')
+    try:
+        message = active.fault_counted('camera_stale', lambda: None)
+        assert 'cameras/wrist' in message
+        count = len(active.chunks)
+        active.run(1.0)
+        assert len(active.chunks) == count, 'a chunk from a stale camera'
+        assert active.run(3, lambda: active.statuses['vla_node: inputs'].level == b'\x03')
+    finally:
+        active.streams.add('wrist')
+    assert active.more_chunks(2)
+
+
+def test_camera_of_another_size(active):
+    pixels = np.zeros((30, 40, 3), np.uint8)
+
+    def small(camera='wrist'):
+        return conversions.image_to_msg(pixels, active.now_ns(), '')
+
+    active.streams.discard('wrist')
+    try:
+        before = active.faults.get('camera_resized', 0)
+        grown = lambda: active.faults.get('camera_resized', 0) > before  # noqa: E731
+        for _ in range(40):
+            active.cameras['wrist'].publish(small())
+            if active.run(0.1, grown):
+                break
+        assert grown()
+        assert '(30, 40)' in active.messages['camera_resized']
+        assert '(48, 64)' in active.messages['camera_resized']
+        count = len(active.chunks)
+        for _ in range(40):
+            active.cameras['wrist'].publish(small())
+            if active.run(0.1, lambda: len(active.chunks) > count):
+                break
+        assert len(active.chunks) > count, 'the new size is taken from the next query on'
+    finally:
+        active.streams.add('wrist')
+    assert active.more_chunks(2)
+
+
+def test_stampless_image_is_taken_and_reported(active):
+    msg = active.image()
+    msg.header.stamp.sec = msg.header.stamp.nanosec = 0
+    message = active.fault_counted('stamp_missing', lambda: active.cameras['wrist'].publish(msg))
+    assert 'cameras/wrist.header.stamp' in message
+
+
+def test_executed_action_with_nan(active):
+    message = active.fault_counted(
+        'action_not_finite', lambda: active.executed.publish(active.action(x=float('nan')))
+    )
+    assert 'executed_action.data' in message
+    assert active.more_chunks(2)
+
+
+def test_new_instruction_starts_an_epoch(active):
+    epoch = active.chunks[-1].epoch
+    active.instruction.publish(String(data='open the drawer'))
+    assert active.run(10, lambda: active.chunks[-1].epoch > epoch)
+
+
+# Parameters ------------------------------------------------------------------------------------
+
+
+def test_every_parameter_is_described(active):
+    for name, descriptor in zip(
+        parameter_names(), active.describe(parameter_names()), strict=True
+    ):
+        assert descriptor.name == name
+        assert len(descriptor.description) > 10, name
+    alpha = active.describe(['pruning.alpha'])[0]
+    assert alpha.floating_point_range[0].to_value == 2.0
+
+
+@pytest.mark.parametrize(
+    ('name', 'value', 'words'),
+    [
+        ('pruning.alpha', 50.0, ()),
+        ('pruning.alpha', 'many', ('pruning.alpha', 'many', 'float')),
+        ('pruning.method', 'fastest', ('pruning.method', 'fastest', 'specprune')),
+        ('robot.horizon', 9, ('robot.horizon', 'fixed')),
+        ('pruning.alhpa', 0.5, ()),
+    ],
+)
+def test_bad_parameter_keeps_the_old_value(active, name, value, words):
+    successful, reason = active.set_parameter(name, value)
+    assert not successful
+    assert reason
+    assert all(word in reason for word in words), reason
+    assert active.get_parameter_value('pruning.alpha') == 0.8
+    assert active.more_chunks(1)
+
+
+def test_live_parameters(active):
+    active.run(1)
+    assert active.set_parameter('pruning.alpha', 0.4) == (True, '')
+    try:
+        assert active.run(10, lambda: active.reports[-1].alpha == pytest.approx(0.4))
+        assert active.set_parameter('pruning.method', 'none')[0]
+        assert active.run(10, lambda: active.reports[-1].method == 'none')
+        assert active.reports[-1].mode == Mode.DENSE
+    finally:
+        assert active.set_parameter('pruning.method', 'specprune')[0]
+        assert active.set_parameter('pruning.alpha', 0.8)[0]

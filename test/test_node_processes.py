@@ -1,0 +1,213 @@
+"""The nodes' processes: lifecycle, configuration, recordings, signals."""
+
+import signal
+import time
+
+import numpy as np
+import pytest
+
+rclpy = pytest.importorskip('rclpy', reason='no ROS here: source one, or run scripts/test.sh')
+pytest.importorskip('specprune_ros.msg', reason='messages are not built: run scripts/setup.sh')
+
+from conftest import DATA  # noqa: E402
+from ros_world import FAST_NODE, STOP_S, NodeProcess, World, ros_domain  # noqa: E402
+from std_msgs.msg import String  # noqa: E402
+
+from specprune_ros.types import Mode  # noqa: E402
+
+pytestmark = [pytest.mark.ros, pytest.mark.timeout(180)]
+
+
+@pytest.fixture(autouse=True, scope='module')
+def context():
+    """One ROS domain for this file's tests and their processes."""
+    with ros_domain(1):
+        yield
+
+
+@pytest.fixture
+def world():
+    node = World()
+    yield node
+    node.destroy_node()
+
+
+# Lifecycle -------------------------------------------------------------------------------------
+
+
+def test_lifecycle_and_silence(world):
+    with NodeProcess('vla_node', FAST_NODE) as process:
+        world.start()
+        assert world.more_chunks(2), process.output()
+        assert world.lifecycle.change('deactivate')
+        world.run(0.2)  # what was on the wire
+        count = len(world.chunks)
+        world.run(1.0)
+        assert len(world.chunks) == count, 'published while inactive'
+        assert world.lifecycle.change('activate')
+        world.chunks.clear(), world.reports.clear()
+        assert world.more_chunks(2)
+        assert world.run(5, lambda: bool(world.reports))
+        assert world.reports[0].mode == Mode.DENSE, 'a new activation is a new episode'
+        assert world.lifecycle.change('deactivate')
+        assert world.lifecycle.change('cleanup')
+        assert world.lifecycle.state() == 'unconfigured'
+        assert not world.lifecycle.change('activate')
+        world.start()
+        assert world.more_chunks(2)
+        assert process.stop()[0] == 0
+
+
+@pytest.mark.parametrize(
+    ('parameters', 'words', 'mend'),
+    [
+        ({'pruning.alpha': 50.0}, ('pruning.alpha = 50.0', '[0.1, 2]'), ('pruning.alpha', 0.8)),
+        ({'pruning.alhpa': 0.5}, ("did you mean 'pruning.alpha'",), None),
+        pytest.param(
+            {'model.name': 'huge'},
+            ('model.name', 'huge', 'tiny'),
+            ('model.name', 'tiny'),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            {'robot.camera_names': list('abcde')},
+            ('1 to 4 cameras',),
+            ('robot.camera_names', ['wrist', 'side']),
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_bad_configuration_leaves_the_node_unconfigured(world, parameters, words, mend):
+    with NodeProcess('vla_node', {**FAST_NODE, **parameters}) as process:
+        world.lifecycle.wait(40)
+        assert not world.lifecycle.change('configure')
+        assert world.lifecycle.state() == 'unconfigured'
+        assert all(word in process.output() for word in words), process.output()
+        assert world.run(5, lambda: bool(world.faults))
+        if mend:
+            assert world.set_parameter(*mend)[0]
+            assert world.lifecycle.change('configure')
+        assert process.stop()[0] == 0
+
+
+def test_compressed_cameras_from_a_replay(world):
+    parameters = {
+        'robot.camera_names': ['wrist', 'side', 'overhead'],
+        'robot.camera_transports': ['compressed'],
+        'model.threads': 1,
+    }
+    replay = {'recording': str(DATA / 'pick_place'), 'transport': 'compressed', 'loop': True}
+    world.streams.clear()
+    with NodeProcess('vla_node', parameters) as node, NodeProcess('replay_node', replay) as source:
+        world.lifecycle.wait(40)
+        assert world.lifecycle.change('configure')
+        assert world.lifecycle.change('activate')
+        assert world.run(30, lambda: len(world.reports) >= 4), node.output() + source.output()
+        assert list(world.reports[-1].cameras) == ['wrist', 'side', 'overhead']
+        assert world.reports[-1].mode in (Mode.COARSE, Mode.FINE)
+        assert np.isfinite(world.reports[-1].translation_speed), 'executed actions arrived'
+        assert source.stop()[0] == 0
+        assert node.stop()[0] == 0
+
+
+@pytest.mark.slow
+def test_two_namespaces_do_not_hear_each_other():
+    left, right = World('left', namespace='left'), World('right', namespace='right')
+    left.streams.discard('wrist')
+    left_args, right_args = ([*('-r', f'__ns:=/{name}')] for name in ('left', 'right'))
+    with (
+        NodeProcess('vla_node', FAST_NODE, *left_args),
+        NodeProcess('vla_node', FAST_NODE, *right_args),
+    ):
+        left.start()
+        right.start()
+        assert right.more_chunks(3)
+        left.run(1.0)
+        assert not left.chunks, 'the right robot camera reached the left node'
+    left.destroy_node(), right.destroy_node()
+
+
+# Replay ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ('content', 'name', 'words'),
+    [
+        (b'no video', 'broken.mp4', ('broken.mp4', 'OpenCV cannot read it')),
+        (b'no bag', 'broken.mcap', ('broken.mcap', 'rosbag2')),
+        (None, 'absent', ('absent', 'no such file')),
+    ],
+)
+def test_unreadable_recording_is_reported_and_the_node_stays(
+    tmp_path, world, content, name, words
+):
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content)
+    world.target = 'replay_node'
+    with NodeProcess('replay_node', {'recording': str(path)}) as process:
+        assert world.run(30, lambda: world.faults.get('recording') == 1), process.output()
+        assert all(word in world.messages['recording'] for word in words)
+        assert world.statuses['replay_node: replay'].level == b'\x02'
+        assert process.process.poll() is None
+        assert process.stop()[0] == 2
+
+
+# Signals -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ('state', 'number'),
+    [
+        ('active', signal.SIGTERM),
+        pytest.param('active', signal.SIGINT, marks=pytest.mark.slow),
+        pytest.param('inactive', signal.SIGINT, marks=pytest.mark.slow),
+        pytest.param('inactive', signal.SIGTERM, marks=pytest.mark.slow),
+        pytest.param('unconfigured', signal.SIGINT, marks=pytest.mark.slow),
+        pytest.param('unconfigured', signal.SIGTERM, marks=pytest.mark.slow),
+    ],
+)
+def test_signals_end_the_node_in_time(world, number, state):
+    with NodeProcess('vla_node', FAST_NODE) as process:
+        world.lifecycle.wait(40)
+        if state != 'unconfigured':
+            assert world.lifecycle.change('configure')
+        if state == 'active':
+            assert world.lifecycle.change('activate')
+            world.instruction.publish(String(data='go'))
+            assert world.more_chunks(1)
+        status, seconds = process.stop(number)
+        assert status == 0, process.output()
+        assert seconds < STOP_S
+        assert 'Traceback' not in process.output()
+
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_signals_end_the_replay_in_time(number):
+    recording = {'recording': str(DATA / 'pick_place'), 'wait_for_subscriber_s': 0.0}
+    with NodeProcess('replay_node', recording) as process:
+        time.sleep(3.0)
+        status, seconds = process.stop(number)
+        assert status == 0, process.output()
+        assert seconds < STOP_S
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_fifty_starts_and_stops(world):
+    """Nothing hangs: fifty processes, stopped by turns in each state and by each signal."""
+    slowest = 0.0
+    for count in range(50):
+        with NodeProcess('vla_node', FAST_NODE) as process:
+            if count % 5:  # every fifth is stopped while it starts
+                world.lifecycle.wait(40)
+                for transition in ('configure', 'activate')[: count % 3]:
+                    assert world.lifecycle.change(transition)
+            else:
+                time.sleep(0.1 * count / 5)
+            status, seconds = process.stop((signal.SIGINT, signal.SIGTERM)[count % 2])
+            slowest = max(slowest, seconds)
+            assert seconds < STOP_S, process.output()
+            # Before Python has run a line, a signal ends it the default way.
+            assert status == 0 or count % 5 == 0, process.output()
+    print(f'50 starts and stops, slowest stop {slowest:.2f} s')
