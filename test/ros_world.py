@@ -27,6 +27,7 @@ from std_msgs.msg import String
 from specprune_ros.msg import ActionChunk, ExecutedAction, PruningDiagnostics
 from specprune_ros.ros import conversions, qos
 from specprune_ros.ros.lifecycle import LifecycleClient
+from specprune_ros.types import Mode
 
 ROOT = Path(__file__).resolve().parent.parent
 CAMERAS = ('wrist', 'side')
@@ -220,6 +221,22 @@ class World(Node):
                 self.messages = {
                     k.removesuffix(' (last)'): v for k, v in values.items() if '(last)' in k
                 }
+
+
+def check_replay(world: World) -> None:
+    """What a replay of test/data/pick_place must have given: a pruned policy, end to end."""
+    cameras = ['wrist', 'side', 'overhead']
+    first, *rest = world.reports
+    assert all(list(report.cameras) == cameras for report in world.reports)
+    assert first.mode in (Mode.DENSE, Mode.COARSE, Mode.FINE)
+    for report in rest:
+        assert report.mode in (Mode.COARSE, Mode.FINE)
+        assert np.isfinite(report.translation_speed), 'executed actions did not arrive'
+        shares = np.array(report.tokens_static) / np.array(report.tokens_total)
+        assert (shares >= 0.15).all()
+        assert (shares <= 0.47).all()
+        assert sum(report.tokens_kept) <= 0.66 * sum(report.tokens_static)
+    assert all(np.isfinite(chunk.data).all() for chunk in world.chunks)
 
 
 @contextmanager

@@ -166,3 +166,30 @@ def test_layout_rejects_parts_that_overlap():
         TokenLayout(('a',), (4, 4), (1,), 40, Span(17, 20), Span(16, 18), Span(19, 29))
     with pytest.raises(ValueError, match='prunable'):
         TokenLayout(('a',), (4, 4), (1,), 40, Span(17, 20), Span(18, 19), Span(5, 9))
+
+
+@pytest.mark.parametrize('first', [True, False])
+def test_fixed_budget_needs_nothing_from_the_device(first):
+    """On the meta device whatever reads data back (.item(), nonzero, a boolean mask) raises."""
+    from specprune_ros.config import PruneConfig
+    from specprune_ros.pruning.specprune import Memory, SpecPrune
+
+    model = make_model('llama').to('meta')
+    shape = (2, PATCHES)
+    memory = Memory(torch.zeros(shape, device='meta'), torch.zeros(LAYERS, device='meta'))
+    run = SpecPrune(PruneConfig(budget='fixed')).begin(
+        QueryContext(
+            layout=LAYOUT,
+            depth=LAYERS,
+            device=torch.device('meta'),
+            fine=False,
+            similarity=torch.zeros(shape, device='meta'),
+            memory=None if first else memory,
+            query=0,
+        )
+    )
+    decoder = Decoder.of(model, causal=False)
+    got = decode(decoder, torch.zeros(LAYOUT.length, 48, device='meta'), LAYOUT, run)
+    assert got.at(LAYOUT.head.idx('meta')).shape == (8, 48)
+    assert run.memory().global_rank.shape == shape
+    assert (len(got.pos_idx) < LAYOUT.length) != first

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -83,8 +82,44 @@ class Decoded:
         return self.hidden[TokenLayout.row_idx(self.pos_idx, positions)]
 
 
+class SurvivingRows:
+    """Which tokens the rows of the hidden states are; made anew only when some go.
+
+    Attributes:
+        pos_idx: [K] position of every row, ascending.
+        visual_idx: [M] the visual tokens among them, ascending.
+        visual, instruction, prompt: rows of the visual tokens, the instruction, and all text.
+    """
+
+    def __init__(self, layout: TokenLayout, device: torch.device):
+        self._visual_pos = layout.visual_pos_idx(device)
+        self._protected_pos = layout.protected_pos_idx(device)
+        self._text_pos = [span.idx(device) for span in (layout.instruction, layout.prompt)]
+        self.pos_idx = torch.arange(layout.length, device=device)
+        self._locate(torch.arange(layout.visual_count, device=device))
+
+    def keep(self, visual_idx: Tensor) -> Tensor:
+        """Keep these visual tokens and all that is protected.
+
+        Returns:
+            [K'] the rows to gather, in terms of the rows before.
+        """
+        kept = torch.cat((self._protected_pos, self._visual_pos[visual_idx])).sort().values
+        rows = TokenLayout.row_idx(self.pos_idx, kept)
+        self.pos_idx = kept
+        self._locate(visual_idx)
+        return rows
+
+    def _locate(self, visual_idx: Tensor) -> None:
+        self.visual_idx = visual_idx
+        self.visual = TokenLayout.row_idx(self.pos_idx, self._visual_pos[visual_idx])
+        self.instruction, self.prompt = (
+            TokenLayout.row_idx(self.pos_idx, positions) for positions in self._text_pos
+        )
+
+
 class Probe:
-    """pruning.base.LayerProbe over one layer's rotated queries and keys."""
+    """pruning.base.LayerProbe over one layer's rotated queries and keys, [H, K, D] each."""
 
     def __init__(
         self,
@@ -93,36 +128,27 @@ class Probe:
         query: Tensor,
         key: Tensor,
         causal: bool,
-        layout: TokenLayout,
-        pos_idx: Tensor,
-        visual_idx: Tensor,
+        rows: SurvivingRows,
     ):
         self.layer = layer
         self.hidden = hidden
-        self.visual_idx = visual_idx
-        self._query, self._key = query, key  # [H, K, D], rotated
+        self.visual_idx = rows.visual_idx
+        self._query, self._key = query, key
         self._causal = causal
-        self._layout = layout
-        self._pos_idx = pos_idx
+        self._rows = rows
 
     def text_attention(self, prompt: bool = False) -> Tensor:
         """[H, T, M] attention of the text's rows to the image; [H, T, K] exists on the way."""
-        return self._attention(self._text_rows(prompt), self._visual_rows)
+        return self._attention(self._text_rows(prompt), self._rows.visual)
 
     def image_attention(self, prompt: bool = False) -> Tensor:
         """[H, T, M] attention of the image's rows to the text, SCORE_CHUNK rows at a time."""
         text = self._text_rows(prompt)
-        chunks = self._visual_rows.split(SCORE_CHUNK)
+        chunks = self._rows.visual.split(SCORE_CHUNK)
         return torch.cat([self._attention(rows, text) for rows in chunks], dim=1).mT
 
-    @cached_property
-    def _visual_rows(self) -> Tensor:
-        positions = self._layout.visual_pos_idx(self.visual_idx.device)[self.visual_idx]
-        return TokenLayout.row_idx(self._pos_idx, positions)
-
     def _text_rows(self, prompt: bool) -> Tensor:
-        span = self._layout.prompt if prompt else self._layout.instruction
-        return TokenLayout.row_idx(self._pos_idx, span.idx(self._pos_idx.device))
+        return self._rows.prompt if prompt else self._rows.instruction
 
     def _attention(self, query_rows: Tensor, key_rows: Tensor) -> Tensor:
         """[H, Q, M] float32 probabilities; each row is normalised over all K keys."""
@@ -149,23 +175,16 @@ def decode(decoder: Decoder, embeds: Tensor, layout: TokenLayout, run: PruneRun)
     Raises:
         PruningError: the run raised, or its keep set is empty or not a subset by its size.
     """
-    device = embeds.device
-    pos_idx = torch.arange(layout.length, device=device)
-    visual_idx = torch.arange(layout.visual_count, device=device)
-    protected = layout.protected_pos_idx(device)
-    cos, sin = decoder.rotary(pos_idx, embeds.dtype)
+    rows = SurvivingRows(layout, embeds.device)
+    cos, sin = decoder.rotary(rows.pos_idx, embeds.dtype)
     hidden = embeds
     for index, layer in enumerate(decoder.layers):
         hidden, query, key = _layer_forward(layer, hidden, cos, sin, decoder)
-        probe = Probe(index + 1, hidden, query, key, decoder.causal, layout, pos_idx, visual_idx)
-        keep = _ask(run, probe)
-        if keep is None:
-            continue
-        visual_idx = keep
-        kept = torch.cat((protected, layout.visual_pos_idx(device)[keep])).sort().values
-        rows = TokenLayout.row_idx(pos_idx, kept)
-        pos_idx, hidden, cos, sin = kept, hidden[rows], cos[rows], sin[rows]
-    return Decoded(decoder.norm(hidden), pos_idx)
+        keep = _ask(run, Probe(index + 1, hidden, query, key, decoder.causal, rows))
+        if keep is not None:
+            gather = rows.keep(keep)
+            hidden, cos, sin = hidden[gather], cos[gather], sin[gather]
+    return Decoded(decoder.norm(hidden), rows.pos_idx)
 
 
 def _ask(run: PruneRun, probe: Probe) -> Tensor | None:
