@@ -57,6 +57,10 @@ class RobotConfig:
     camera_names: tuple[str, ...] = setting(
         ('wrist', 'side', 'overhead'), 'camera names, in the order in which the model takes them'
     )
+    camera_topics: tuple[str, ...] = setting(
+        (),
+        'image topic of each camera, without the transport; empty: cameras/<name>/image_raw',
+    )
     camera_transports: tuple[str, ...] = setting(
         ('raw',), 'image transport, one for all cameras or one each', choices=('raw', 'compressed')
     )
@@ -110,6 +114,10 @@ class RobotConfig:
                 raise ConfigError(
                     f'robot.{name}', getattr(self, name), f'needs 1 or {count} elements'
                 )
+        if len(self.camera_topics) not in (0, len(self.camera_names)):
+            raise ConfigError(
+                'robot.camera_topics', self.camera_topics, 'needs one per camera, or none'
+            )
         for name in ('camera_names', 'joint_names', 'action_names'):
             values = getattr(self, name)
             if len(set(values)) != len(values):
@@ -123,6 +131,11 @@ class RobotConfig:
                 raise ConfigError(
                     'robot.camera_names', name, 'must be letters, digits and _ (a topic name)'
                 )
+
+    def image_topics(self) -> dict[str, str]:
+        """Camera name -> its image topic, without the transport."""
+        default = tuple(f'cameras/{name}/image_raw' for name in self.camera_names)
+        return dict(zip(self.camera_names, self.camera_topics or default, strict=True))
 
     def per_camera(self, name: str) -> dict[str, str]:
         """Camera name -> its value of a field that holds one for all or one each."""

@@ -32,6 +32,7 @@ def fit_robot(config: PolicyConfig, recording: Recording) -> PolicyConfig:
     fitted = dataclasses.replace(
         robot,
         camera_names=tuple(cameras),
+        camera_topics=(),
         camera_transports=robot.camera_transports[:1],
         joint_names=tuple(joints) or recording.joint_names,
     )

@@ -1,6 +1,7 @@
 """Dependencies point inward: ROS at the rim, heavy packages only where they are needed."""
 
 import ast
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -83,6 +84,22 @@ def test_importing_the_package_imports_nothing_heavy():
         "print([m for m in ('torch', 'numpy', 'rclpy', 'transformers') if m in sys.modules])"
     )
     assert loaded.strip() == '[]'
+
+
+def test_bench_runs_on_a_bare_pytorch_machine(tmp_path):
+    bare = BLOCK.replace("'rclpy'", "'rclpy', 'cv2', 'rich', 'matplotlib', 'rosbags'")
+    out = tmp_path / 'rows.json'
+    run_python(
+        bare
+        + f"""
+from specprune_ros.cli import main
+assert main(['bench', '--cameras', '1', '--repeats', '2', '--json', {str(out)!r}]) == 0
+"""
+    )
+    rows = json.loads(out.read_text())
+    assert {row['method'] for row in rows} == {'none', 'specprune'}
+    wanted = {'method', 'form', 'cameras', 'stage', 'median_ms', 'p95_ms', 'ratio_to_dense_sdpa'}
+    assert all(wanted <= row.keys() for row in rows)
 
 
 def test_policy_runs_without_ros():

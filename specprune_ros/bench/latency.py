@@ -58,6 +58,7 @@ def make_variants(config: PolicyConfig, cameras: int) -> list[Variant]:
     robot = dataclasses.replace(
         config.robot,
         camera_names=CAMERAS[:cameras],
+        camera_topics=(),
         camera_transports=config.robot.camera_transports[:1],
     )
     config = dataclasses.replace(config, robot=robot)

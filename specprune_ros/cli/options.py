@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
 import yaml
 
 from specprune_ros.config import PolicyConfig, load_config
 from specprune_ros.errors import ConfigError
-from specprune_ros.recordings import Recording, open_recording
+
+if TYPE_CHECKING:  # at run time this would bring OpenCV, which bench runs without
+    from specprune_ros.recordings.base import Recording
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
@@ -63,6 +66,8 @@ def recording_from(arguments: argparse.Namespace) -> Recording:
     Raises:
         RecordingError: it cannot be read.
     """
+    from specprune_ros.recordings import open_recording
+
     topics = dict(text.split('=', 1) for text in arguments.camera if '=' in text)
     names = [text for text in arguments.camera if '=' not in text]
     return open_recording(

@@ -8,9 +8,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import track
-
 from specprune_ros.cli.options import (
     add_config_arguments,
     add_recording_arguments,
@@ -33,6 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
+    from rich.console import Console
+    from rich.progress import track
+
     from specprune_ros.images import as_rgb
     from specprune_ros.offline import control_steps, fit_robot, run_recording
     from specprune_ros.overlay import draw_overlay

@@ -33,14 +33,16 @@ from specprune_ros.types import PolicyResult
 from specprune_ros.worker import InferenceWorker, Job
 
 STOP_S = 2.0  # how long cleanup waits for a running inference
+TRANSPORTS = {'raw': (Image, ''), 'compressed': (CompressedImage, '/compressed')}
 SUCCESS, FAILURE = TransitionCallbackReturn.SUCCESS, TransitionCallbackReturn.FAILURE
 
 
 class VlaNode(LifecycleNode):
     """Runs a pruned VLA on the robot.
 
-    Subscribes (when active): cameras/<name>/image_raw[/compressed], joint_states, executed_action,
-    ~/instruction. Publishes: ~/action_chunk, ~/pruning, ~/overlay/<name>, /diagnostics.
+    Subscribes (when active): cameras/<name>/image_raw[/compressed] or the configured topics,
+    joint_states, executed_action, ~/instruction. Publishes: ~/action_chunk, ~/pruning,
+    ~/overlay/<name>, /diagnostics.
     """
 
     def __init__(self, name: str = 'vla_node', **kwargs):
@@ -91,15 +93,11 @@ class VlaNode(LifecycleNode):
     def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Subscribe and start to infer."""
         robot = self._config.robot
-        kinds = {
-            'raw': (Image, 'image_raw'),
-            'compressed': (CompressedImage, 'image_raw/compressed'),
-        }
-        for camera, transport in robot.per_camera('camera_transports').items():
-            kind, leaf = kinds[transport]
-            self._subscribe(
-                kind, f'cameras/{camera}/{leaf}', self._image_callback(camera), qos.SENSOR
-            )
+        transports = robot.per_camera('camera_transports')
+        for camera, topic in robot.image_topics().items():
+            kind, suffix = TRANSPORTS[transports[camera]]
+            callback = self._image_callback(camera)
+            self._subscribe(kind, topic + suffix, callback, qos.SENSOR)
         if robot.joint_names:
             self._subscribe(JointState, 'joint_states', self._on_joints, qos.SENSOR)
         self._subscribe(ExecutedAction, 'executed_action', self._on_executed, qos.EVERY_STEP)

@@ -1,0 +1,567 @@
+"""Bags, videos and npz observations as recordings, whole and broken."""
+
+import random
+import shutil
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from conftest import DATA, make_policy
+from rosbags.rosbag2 import StoragePlugin, Writer
+from rosbags.typesys import Stores, get_types_from_msg, get_typestore
+
+from specprune_ros.errors import ObservationError, RecordingError
+from specprune_ros.images import as_rgb
+from specprune_ros.offline import run_recording
+from specprune_ros.recordings import open_recording
+from specprune_ros.recordings.bag import camera_name
+from specprune_ros.recordings.base import CameraEvent, InstructionEvent, JointEvent
+from specprune_ros.types import ActionSpace, ExecutedAction
+
+OWN_BAG = DATA / 'pick_place'
+MSG = Path(__file__).parent.parent / 'msg'
+NS, START = 1_000_000_000, 1_767_261_600_000_000_000
+PERIOD = NS // 20
+IMAGE, COMPRESSED = 'sensor_msgs/msg/Image', 'sensor_msgs/msg/CompressedImage'
+JOINTS, TEXT = 'sensor_msgs/msg/JointState', 'std_msgs/msg/String'
+EXECUTED = 'specprune_ros/msg/ExecutedAction'
+ACTION_NAMES = ('x', 'y', 'z', 'roll', 'pitch', 'yaw', 'gripper')
+
+
+# Making recordings -----------------------------------------------------------------------------
+
+
+class BagWriter:
+    """Writes messages of one bag through `rosbags`."""
+
+    def __init__(self, path: Path, storage: StoragePlugin = StoragePlugin.MCAP):
+        self.store = get_typestore(Stores.ROS2_HUMBLE)
+        text = (MSG / 'ExecutedAction.msg').read_text()
+        self.store.register(get_types_from_msg(text, EXECUTED))
+        self._writer = Writer(path, version=8, storage_plugin=storage)
+        self._topics: dict = {}
+
+    def __enter__(self):
+        self._writer.open()
+        return self
+
+    def __exit__(self, *exc):
+        self._writer.close()
+
+    def make(self, kind: str, **fields: object):
+        if 'header' in self.store.types[kind].__dataclass_fields__:
+            stamp = self.store.types['builtin_interfaces/msg/Time'](0, 0)
+            fields['header'] = self.store.types['std_msgs/msg/Header'](stamp, 'base')
+        return self.store.types[kind](**fields)
+
+    def put(self, topic: str, since_ns: int, message, cut: int | None = None) -> None:
+        """Write a message, or only its first bytes."""
+        kind = message.__msgtype__
+        if topic not in self._topics:
+            self._topics[topic] = self._writer.add_connection(topic, kind, typestore=self.store)
+        data = bytes(self.store.serialize_cdr(message, kind))[:cut]
+        self._writer.write(self._topics[topic], START + since_ns, data)
+
+    def put_image(self, topic: str, since_ns: int, rgb: np.ndarray, padding: int = 0, **changes):
+        rows, cols, _ = rgb.shape
+        junk = np.full((rows, padding), 0xA5, np.uint8)
+        fields = {
+            'height': rows,
+            'width': cols,
+            'encoding': 'rgb8',
+            'is_bigendian': 0,
+            'step': 3 * cols + padding,
+            'data': np.hstack((rgb.reshape(rows, -1), junk)).reshape(-1),
+        }
+        self.put(topic, since_ns, self.make(IMAGE, **{**fields, **changes}))
+
+    def put_jpeg(self, topic: str, since_ns: int, data: bytes, kind: str = 'jpeg') -> None:
+        values = np.frombuffer(data, np.uint8)
+        self.put(topic, since_ns, self.make(COMPRESSED, format=kind, data=values))
+
+    def joints(self, names: tuple[str, ...], positions: tuple[float, ...]):
+        values, none = np.array(positions, float), np.zeros(0)
+        return self.make(JOINTS, name=list(names), position=values, velocity=none, effort=none)
+
+    def action(self, *values: float, **changes):
+        fields = {
+            'chunk_id': 3,
+            'step': 1,
+            'step_dt': self.store.types['builtin_interfaces/msg/Duration'](0, PERIOD),
+            'space': 2,
+            'names': list(ACTION_NAMES),
+            'units': ['1'] * 7,
+            'data': np.resize(np.array(values, float), 7),
+            'dry_run': False,
+        }
+        return self.make(EXECUTED, **{**fields, **changes})
+
+    def text(self, text: str):
+        return self.make(TEXT, data=text)
+
+
+def picture(seed: int = 0, rows: int = 6, cols: int = 8) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (rows, cols, 3), np.uint8)
+
+
+def jpeg(rgb: np.ndarray) -> bytes:
+    return cv2.imencode('.jpg', cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR))[1].tobytes()
+
+
+def write_small_bag(path: Path, storage: StoragePlugin = StoragePlugin.MCAP) -> Path:
+    """Two cameras, joints, actions and an instruction, three steps."""
+    with BagWriter(path, storage) as bag:
+        bag.put('/instruction', 0, bag.text('open the drawer'))
+        for step in range(3):
+            at = step * PERIOD
+            bag.put_image('/cameras/wrist/image_raw', at, picture(step), padding=4)
+            bag.put_image('/front_cam/color/image_raw', at, picture(10 + step))
+            bag.put('/arm/joint_states', at, bag.joints(('b', 'a'), (step, -step)))
+            bag.put('/executed_action', at + 1, bag.action(0.5, step))
+            bag.put('/chatter', at, bag.text('not an instruction'))
+    return path
+
+
+def storage_file(bag: Path) -> Path:
+    return next(path for path in bag.iterdir() if path.suffix in ('.mcap', '.db3'))
+
+
+def of_kind(events: list, kind: type) -> list:
+    return [event for event in events if isinstance(event, kind)]
+
+
+def read_all(path: Path, **options) -> list:
+    """Every event, images decoded: what a run would touch."""
+    events = list(open_recording(path, **options).events())
+    for event in of_kind(events, CameraEvent):
+        as_rgb(event.image)
+    return events
+
+
+# The recording that ships ----------------------------------------------------------------------
+
+
+@pytest.fixture(scope='module')
+def own() -> tuple:
+    recording = open_recording(OWN_BAG)
+    return recording, list(recording.events())
+
+
+def test_own_bag_holds_what_its_readme_says(own):
+    recording, events = own
+    assert set(recording.cameras) == {'wrist', 'side', 'overhead'}
+    assert recording.joint_names == (
+        *(f'panda_joint{index}' for index in range(1, 8)),
+        'panda_finger_joint1',
+        'panda_finger_joint2',
+    )
+    assert recording.has_actions
+    assert recording.duration_s == pytest.approx(7.8, abs=0.05)
+    assert [event.text for event in of_kind(events, InstructionEvent)] == [
+        'put the black bowl on the plate'
+    ]
+    for camera in recording.cameras:
+        assert sum(event.camera == camera for event in of_kind(events, CameraEvent)) == 155
+    assert len(of_kind(events, JointEvent)) == len(of_kind(events, ExecutedAction)) == 155
+
+
+def test_own_bag_is_sorted_and_starts_at_zero(own):
+    _, events = own
+    stamps = [event.stamp_ns for event in events]
+    assert stamps == sorted(stamps)
+    assert stamps[0] == 0
+    assert stamps[-1] == pytest.approx(7.8 * NS, abs=0.05 * NS)
+
+
+def test_own_images_decode(own):
+    _, events = own
+    for event in of_kind(events, CameraEvent)[::20]:
+        image = as_rgb(event.image)
+        assert (image.shape, image.dtype) == ((224, 224, 3), np.uint8)
+        assert image.std() > 5
+
+
+def test_own_actions_and_joints_are_plausible(own):
+    _, events = own
+    actions = of_kind(events, ExecutedAction)
+    assert {action.names for action in actions} == {ACTION_NAMES}
+    assert {action.units for action in actions} == {('1',) * 7}
+    assert {action.space for action in actions} == {ActionSpace.EEF_DELTA_POSE}
+    data = np.stack([action.data for action in actions])
+    assert np.abs(data).max() <= 1
+    assert (data.std(axis=0)[:3] > 0.05).all()
+    positions = np.stack([event.positions for event in of_kind(events, JointEvent)])
+    assert positions.shape == (155, 9)
+    assert np.abs(positions).max() < 2 * np.pi
+
+
+def test_own_bag_is_small_and_read_alike_as_folder_or_file(own):
+    assert sum(path.stat().st_size for path in OWN_BAG.iterdir()) < 4e6
+    recording = open_recording(OWN_BAG / 'pick_place.mcap')
+    assert (recording.cameras, recording.joint_names) == (own[0].cameras, own[0].joint_names)
+    assert sum(1 for _ in recording.events()) == len(own[1])
+
+
+def test_a_recording_can_be_read_again_and_again(own):
+    recording, events = own
+    again = recording.events()
+    for first, second in zip(events[:20], again, strict=False):
+        assert first.stamp_ns == second.stamp_ns
+        assert type(first) is type(second)
+
+
+# Bags of others --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope='module', params=[StoragePlugin.MCAP, StoragePlugin.SQLITE3], ids=str)
+def small_bag(request, tmp_path_factory) -> Path:
+    return write_small_bag(tmp_path_factory.mktemp('bags') / 'small_bag', request.param)
+
+
+def test_bag_of_both_storages(small_bag):
+    recording = open_recording(small_bag)
+    assert set(recording.cameras) == {'wrist', 'front_cam'}
+    assert recording.joint_names == ('b', 'a')
+    assert recording.has_actions
+    assert recording.duration_s == pytest.approx(0.1, abs=0.001)
+    events = list(recording.events())
+    assert [event.text for event in of_kind(events, InstructionEvent)] == ['open the drawer']
+    images = of_kind(events, CameraEvent)
+    assert [event.stamp_ns for event in images if event.camera == 'wrist'] == [
+        0,
+        PERIOD,
+        2 * PERIOD,
+    ]
+    for step in range(3):
+        for camera, seed in (('wrist', step), ('front_cam', 10 + step)):
+            mine = [event for event in images if event.camera == camera]
+            np.testing.assert_array_equal(as_rgb(mine[step].image), picture(seed))
+    joints = of_kind(events, JointEvent)
+    assert [(event.names, event.positions.tolist()) for event in joints] == [
+        (('b', 'a'), [step, -step]) for step in range(3)
+    ]
+
+
+def test_executed_actions_of_a_bag(small_bag):
+    action = of_kind(read_all(small_bag), ExecutedAction)[2]
+    assert action.stamp_ns == 2 * PERIOD + 1
+    assert action.names == ACTION_NAMES
+    assert action.units == ('1',) * 7
+    assert action.data.tolist() == [0.5, 2, 0.5, 2, 0.5, 2, 0.5]
+    assert (action.frame_id, action.chunk_id, action.step) == ('base', 3, 1)
+    assert (action.space, action.step_dt_s, action.dry_run) == (2, 0.05, False)
+
+
+def test_bag_as_a_bare_file(small_bag):
+    recording = open_recording(storage_file(small_bag))
+    assert set(recording.cameras) == {'wrist', 'front_cam'}
+    assert len(of_kind(list(recording.events()), CameraEvent)) == 6
+
+
+def test_cameras_by_topic(small_bag):
+    topics = {'left': '/front_cam/color/image_raw'}
+    recording = open_recording(small_bag, cameras=topics)
+    assert recording.cameras == ('left',)
+    images = of_kind(list(recording.events()), CameraEvent)
+    assert [event.camera for event in images] == ['left'] * 3
+    np.testing.assert_array_equal(as_rgb(images[0].image), picture(10))
+
+
+def test_instruction_given_outranks_the_recorded(small_bag):
+    events = list(open_recording(small_bag, instruction='close it').events())
+    assert [event.text for event in of_kind(events, InstructionEvent)] == ['close it']
+
+
+def test_bag_without_instruction_is_named_after_its_folder(tmp_path):
+    with BagWriter(tmp_path / 'stack_the-cups') as bag:
+        bag.put_image('/image_raw', 0, picture())
+    recording = open_recording(tmp_path / 'stack_the-cups')
+    assert recording.cameras == ('camera',)
+    assert (recording.joint_names, recording.has_actions) == ((), False)
+    assert of_kind(list(recording.events()), InstructionEvent)[0].text == 'stack the cups'
+
+
+@pytest.mark.parametrize(
+    ('topic', 'camera'),
+    [
+        ('/cameras/wrist/image_raw', 'wrist'),
+        ('/cameras/wrist/image_raw/compressed', 'wrist'),
+        ('/front-cam/color/image_raw', 'front_cam'),
+        ('/robot/head/rgb/image_rect', 'head'),
+        ('/image', 'camera'),
+    ],
+)
+def test_camera_names_come_from_topics(topic, camera):
+    assert camera_name(topic) == camera
+
+
+# Videos and npz --------------------------------------------------------------------------------
+
+COLORS = [(200, 30, 30), (30, 200, 30), (30, 30, 200), (200, 200, 30)]
+
+
+def write_video(path: Path, fps: float = 10.0) -> Path:
+    code = cv2.VideoWriter_fourcc(*('MJPG' if path.suffix == '.avi' else 'mp4v'))
+    writer = cv2.VideoWriter(str(path), code, fps, (64, 48))
+    assert writer.isOpened()
+    for color in COLORS:
+        writer.write(np.full((48, 64, 3), color[::-1], np.uint8))
+    writer.release()
+    return path
+
+
+@pytest.mark.parametrize('suffix', ['.avi', '.mp4'])
+def test_video(tmp_path, suffix):
+    recording = open_recording(write_video(tmp_path / f'wipe_the-table{suffix}'), camera='front')
+    assert recording.cameras == ('front',)
+    assert (recording.joint_names, recording.has_actions) == ((), False)
+    assert recording.duration_s == pytest.approx(0.4)
+    text, *images = list(recording.events())
+    assert text.text == 'wipe the table'
+    assert [event.stamp_ns for event in images] == [0, NS // 10, NS // 5, 3 * NS // 10]
+    assert {event.camera for event in images} == {'front'}
+    for event, color in zip(images, COLORS, strict=True):
+        assert event.image.shape == (48, 64, 3)
+        np.testing.assert_allclose(event.image.mean(axis=(0, 1)), color, atol=25)
+
+
+def test_video_with_an_instruction(tmp_path):
+    recording = open_recording(write_video(tmp_path / 'a.avi'), instruction='go home')
+    assert next(recording.events()).text == 'go home'
+    assert recording.cameras == ('side',)
+
+
+def write_npz(path: Path, **changes: object) -> Path:
+    arrays = {
+        'full_image': picture(0),
+        'wrist_image': picture(1),
+        'state': np.array([0.1, 0.2, 0.3], np.float32),
+        'task_description': np.array('pick up the soup'),
+        **changes,
+    }
+    np.savez(path, **{name: array for name, array in arrays.items() if array is not None})
+    return path
+
+
+def test_npz(tmp_path):
+    recording = open_recording(write_npz(tmp_path / 'sample.npz'))
+    assert recording.cameras == ('full', 'wrist')
+    assert recording.joint_names == ('state_0', 'state_1', 'state_2')
+    assert not recording.has_actions
+    events = list(recording.events())
+    stamps = [event.stamp_ns for event in events]
+    assert stamps == sorted(stamps)
+    assert stamps[-1] <= recording.duration_s * NS
+    assert [event.text for event in of_kind(events, InstructionEvent)] == ['pick up the soup']
+    for event in of_kind(events, CameraEvent):
+        np.testing.assert_array_equal(event.image, picture(event.camera == 'wrist'))
+    for event in of_kind(events, JointEvent):
+        np.testing.assert_allclose(event.positions, [0.1, 0.2, 0.3], rtol=1e-6)
+
+
+def test_npz_with_images_alone(tmp_path):
+    path = write_npz(tmp_path / 'open_it.npz', state=None, task_description=None)
+    recording = open_recording(path)
+    assert recording.joint_names == ()
+    events = list(recording.events())
+    assert events[0].text == 'open it'
+    assert of_kind(events, JointEvent) == []
+    assert next(open_recording(path, instruction='go').events()).text == 'go'
+
+
+# What cannot be read ---------------------------------------------------------------------------
+
+
+def refusal(path: Path, **options) -> str:
+    """The message with which a path is refused, at the latest when it is read."""
+    with pytest.raises(RecordingError) as caught:
+        read_all(path, **options)
+    message = str(caught.value)
+    assert str(path) in message
+    assert len(message) > len(f"recording '{path}': ")
+    return message
+
+
+def test_missing_path(tmp_path):
+    assert 'no such file' in refusal(tmp_path / 'none')
+    assert 'no such file' in refusal(tmp_path / 'none.mcap')
+
+
+def test_bag_without_images(tmp_path):
+    with BagWriter(tmp_path / 'talk') as bag:
+        bag.put('/chatter', 0, bag.text('hello'))
+    message = refusal(tmp_path / 'talk')
+    assert 'no image topic' in message
+    assert '/chatter' in message
+
+
+def test_camera_topic_that_is_not_in_the_bag(small_bag):
+    for topic in ('/nope', '/chatter'):
+        message = refusal(small_bag, cameras={'wrist': topic})
+        assert topic in message
+        assert 'wrist' in message
+        assert '/cameras/wrist/image_raw' in message
+
+
+def test_folder_that_is_no_bag(tmp_path):
+    refusal(tmp_path)
+    (tmp_path / 'metadata.yaml').write_text('')
+    refusal(tmp_path)
+    (tmp_path / 'metadata.yaml').write_text('[1, 2')
+    refusal(tmp_path)
+
+
+def test_bag_whose_storage_is_gone(tmp_path, small_bag):
+    broken = shutil.copytree(small_bag, tmp_path / 'bag')
+    storage_file(broken).unlink()
+    refusal(broken)
+
+
+@pytest.mark.parametrize('name', ['a.mp4', 'a.avi', 'a.mcap', 'a.db3', 'a.npz', 'a.txt', 'a'])
+@pytest.mark.parametrize('data', [b'', b'just some text\n', bytes(range(256)) * 20])
+def test_other_bytes_under_any_name(tmp_path, name, data):
+    (tmp_path / name).write_bytes(data)
+    refusal(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ('changes', 'told'),
+    [
+        ({'full_image': None, 'wrist_image': None}, 'task_description'),
+        ({'full_image': picture().astype(np.float32)}, 'float32'),
+        ({'full_image': picture()[..., 0]}, r'(6, 8)'),
+        ({'full_image': np.zeros((6, 8, 4), np.uint8)}, '(6, 8, 4)'),
+        ({'full_image': np.array([None, 1], object)}, ''),
+        pytest.param({'full_image': np.zeros((0, 0, 3), np.uint8)}, 'full_image', id='0x0'),
+        pytest.param({'state': np.array(['a', 'b'])}, 'state', id='text state'),
+        pytest.param({'state': np.zeros((2, 3))}, 'state', id='2-d state'),
+    ],
+)
+def test_npz_of_other_arrays(tmp_path, changes, told):
+    """Bug: an empty image, a state of text or of two axes were taken, or a ValueError."""
+    assert told in refusal(write_npz(tmp_path / 'bad.npz', **changes))
+
+
+def test_array_file_under_the_name_of_an_npz(tmp_path):
+    """Bug: a .npy renamed to .npz ended in a TypeError."""
+    with (tmp_path / 'a.npz').open('wb') as file:
+        np.save(file, picture())
+    refusal(tmp_path / 'a.npz')
+
+
+def test_npz_cut_anywhere(tmp_path):
+    whole = write_npz(tmp_path / 'a.npz').read_bytes()
+    for left in range(0, len(whole) - 1, len(whole) // 60):
+        (tmp_path / 'a.npz').write_bytes(whole[:left])
+        refusal(tmp_path / 'a.npz')
+
+
+def test_npz_with_flipped_bytes(tmp_path):
+    """Bug: a broken deflate stream ended in zlib.error."""
+    np.savez_compressed(tmp_path / 'a.npz', full_image=picture(0, 40, 40))
+    whole = (tmp_path / 'a.npz').read_bytes()
+    for at in range(200, 1000, 40):
+        data = bytearray(whole)
+        data[at : at + 8] = b'\xff' * 8
+        (tmp_path / 'a.npz').write_bytes(data)
+        refusal(tmp_path / 'a.npz')
+
+
+def test_mcap_cut_anywhere(tmp_path):
+    whole = storage_file(write_small_bag(tmp_path / 'bag')).read_bytes()
+    path = tmp_path / 'cut.mcap'
+    for left in range(0, len(whole) - 1, len(whole) // 60):
+        path.write_bytes(whole[:left])
+        refusal(path)
+
+
+@pytest.mark.parametrize('storage', [StoragePlugin.MCAP, StoragePlugin.SQLITE3], ids=str)
+def test_storage_cut_inside_a_bag(tmp_path, storage):
+    file = storage_file(write_small_bag(tmp_path / 'bag', storage))
+    whole = file.read_bytes()
+    for share in (0, 0.3, 0.9):
+        file.write_bytes(whole[: int(share * len(whole))])
+        refusal(tmp_path / 'bag')
+
+
+@pytest.mark.parametrize('storage', [StoragePlugin.MCAP, StoragePlugin.SQLITE3], ids=str)
+def test_storage_with_random_damage(tmp_path, storage):
+    """Bug: rosbags' own exceptions, struct.error, OverflowError and others came through.
+
+    Damage may go unseen, or cost one image; anything else is a RecordingError.
+    """
+    file = storage_file(write_small_bag(tmp_path / 'bag', storage))
+    whole = file.read_bytes()
+    rng = random.Random(0)
+    refused = 0
+    for _ in range(80):
+        data, at = bytearray(whole), rng.randrange(len(whole))
+        data[at : at + 8] = rng.randbytes(8)
+        file.write_bytes(data[: len(whole)])
+        try:
+            read_all(tmp_path / 'bag')
+        except RecordingError:
+            refused += 1
+        except ObservationError:
+            pass
+    assert refused
+
+
+@pytest.mark.parametrize('topic', ['/joint_states', '/executed_action', '/cam/image_raw'])
+@pytest.mark.parametrize('cut', [0, 4, 20])
+def test_message_that_ends_early(tmp_path, topic, cut):
+    """Bug: rosbags' AnyReaderError (or another) came through."""
+    with BagWriter(tmp_path / 'bag') as bag:
+        bag.put_image('/wrist/image_raw', 0, picture())
+        image = bag.make(
+            IMAGE, height=1, width=1, encoding='rgb8', is_bigendian=0, step=3,
+            data=np.zeros(3, np.uint8),
+        )  # fmt: skip
+        messages = {
+            '/joint_states': bag.joints(('a', 'b'), (1.0, 2.0)),
+            '/executed_action': bag.action(0.1),
+            '/cam/image_raw': image,
+        }
+        bag.put(topic, 1, messages[topic], cut)
+    refusal(tmp_path / 'bag')
+
+
+# One bad image in a run ------------------------------------------------------------------------
+
+
+@pytest.fixture(scope='module')
+def policy():
+    return make_policy(robot__camera_names=('side',), robot__horizon=4)
+
+
+@pytest.mark.parametrize(
+    'fault', ['garbage', 'cut', 'empty', 'depth', 'encoding', 'short', 'step']
+)
+def test_one_bad_image_costs_one_query_at_most(tmp_path, policy, fault):
+    """Bug: what RawImage and CompressedImage refuse ended the run, from within events()."""
+    bad_step, topic = 8, '/cameras/side/image_raw'
+    raw = {
+        'encoding': {'encoding': '32FC1'},
+        'short': {'data': np.zeros(5, np.uint8)},
+        'step': {'step': 1},
+    }
+    with BagWriter(tmp_path / 'bag') as bag:
+        for step in range(20):
+            at, rgb = step * PERIOD, picture(step // 6, 32, 32)
+            bad = fault if step == bad_step else ''
+            if fault in raw:
+                bag.put_image(topic, at, rgb, **raw.get(bad, {}))
+            else:
+                data = {'garbage': b'\xff\xd8 no', 'cut': jpeg(rgb)[:200], 'empty': b''}
+                kind = 'compressedDepth' if bad == 'depth' else 'jpeg'
+                bag.put_jpeg(topic, at, data.get(bad, jpeg(rgb)), kind)
+            bag.put('/executed_action', at + 1, bag.action(0.3))
+    policy.reset()
+    recording = open_recording(tmp_path / 'bag', instruction='go')
+    outcomes = [outcome for outcome in run_recording(policy, recording) if outcome is not None]
+    errors = [outcome for outcome in outcomes if isinstance(outcome, ObservationError)]
+    results = [outcome for outcome in outcomes if isinstance(outcome, tuple)]
+    assert [error.field.split('.')[0] for error in errors] == ['cameras/side']
+    assert len(results) == 5  # 20 steps, one chunk per 4
+    assert results[-1][0].stamp_ns > bad_step * PERIOD
