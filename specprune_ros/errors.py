@@ -80,9 +80,12 @@ class MissingDependencyError(SpecPruneError):
         package: import name.
         needed_for: what cannot be done without it.
         command: the exact command that installs it.
+        error: why the import failed.
     """
 
     code = 'dependency'
 
-    def __init__(self, package: str, needed_for: str, command: str):
-        super().__init__(f'{package} is not installed, {needed_for} needs it: {command}')
+    def __init__(self, package: str, needed_for: str, command: str, error: ImportError):
+        absent = isinstance(error, ModuleNotFoundError) and error.name == package
+        problem = 'is not installed' if absent else f'cannot be imported ({error})'
+        super().__init__(f'{package} {problem}, {needed_for} needs it: {command}')

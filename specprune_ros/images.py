@@ -146,7 +146,7 @@ def _opencv():
         import cv2
     except ImportError as error:
         raise MissingDependencyError(
-            'cv2', 'an image that is not rgb8', 'pip install opencv-python-headless'
+            'cv2', 'an image that is not rgb8', 'pip install opencv-python-headless', error
         ) from error
     return cv2
 

@@ -5,15 +5,18 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from specprune_ros.config import PolicyConfig
 from specprune_ros.errors import ObservationError, RecordingError
 from specprune_ros.inbox import Inbox
-from specprune_ros.policy import Policy
 from specprune_ros.recordings.base import CameraEvent, InstructionEvent, JointEvent, Recording
 from specprune_ros.types import ExecutedAction, Observation, PolicyResult
+
+if TYPE_CHECKING:
+    from specprune_ros.policy import Policy
 
 
 def fit_robot(config: PolicyConfig, recording: Recording) -> PolicyConfig:

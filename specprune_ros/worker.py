@@ -10,11 +10,14 @@ import threading
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from specprune_ros.config import PruneConfig
 from specprune_ros.errors import SpecPruneError
-from specprune_ros.policy import Policy
 from specprune_ros.types import ExecutedAction, Observation, PolicyResult
+
+if TYPE_CHECKING:  # the node starts, and says so, where torch is missing
+    from specprune_ros.policy import Policy
 
 MAX_STEPS = 64  # executed steps kept while no query comes; more than any reference age
 

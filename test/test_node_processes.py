@@ -1,5 +1,6 @@
 """The nodes' processes: lifecycle, configuration, recordings, signals."""
 
+import os
 import signal
 import time
 
@@ -122,6 +123,21 @@ def test_two_namespaces_do_not_hear_each_other():
         left.run(1.0)
         assert not left.chunks, 'the right robot camera reached the left node'
     left.destroy_node(), right.destroy_node()
+
+
+def test_missing_torch_fails_configure_with_the_command(world, tmp_path):
+    (tmp_path / 'torch.py').write_text("raise ModuleNotFoundError('No torch', name='torch')\n")
+    with pytest.MonkeyPatch.context() as patch:
+        path = os.environ.get('PYTHONPATH', '')
+        patch.setenv('PYTHONPATH', f'{tmp_path}{os.pathsep}{path}')
+        process = NodeProcess('vla_node', FAST_NODE)
+    with process:
+        world.lifecycle.wait(40)
+        assert not world.lifecycle.change('configure')
+        assert world.lifecycle.state() == 'unconfigured'
+        assert 'torch is not installed' in process.output()
+        assert 'pip install torch' in process.output()
+        assert process.stop()[0] == 0
 
 
 # Replay ------------------------------------------------------------------------------------------

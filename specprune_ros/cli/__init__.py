@@ -8,6 +8,7 @@ import sys
 from specprune_ros import __version__
 from specprune_ros.cli import bench, replay, run
 from specprune_ros.errors import SpecPruneError
+from specprune_ros.loading import COMMANDS as INSTALL
 
 COMMANDS = {'run': run, 'replay': replay, 'bench': bench}
 
@@ -31,6 +32,11 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         return arguments.run(arguments)
+    except ModuleNotFoundError as error:
+        package = (error.name or '').partition('.')[0]
+        command = INSTALL.get(package, f'pip install {package}')
+        print(f'specprune {arguments.command}: {error}: {command}', file=sys.stderr)
+        return 2
     except SpecPruneError as error:
         print(f'specprune {arguments.command}: {error}', file=sys.stderr)
         return 2

@@ -27,6 +27,7 @@ def run(arguments: argparse.Namespace) -> int:
             error.name or 'rclpy',
             'replay',
             'source a ROS 2 workspace that holds specprune_ros, or `. scripts/env.sh`',
+            error,
         ) from error
     values = {
         'recording': recording.path,

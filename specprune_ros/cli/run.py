@@ -34,15 +34,15 @@ def run(arguments: argparse.Namespace) -> int:
     from rich.progress import track
 
     from specprune_ros.images import as_rgb
+    from specprune_ros.loading import load_policy
     from specprune_ros.offline import control_steps, fit_robot, run_recording
     from specprune_ros.overlay import draw_overlay
-    from specprune_ros.policy import Policy
     from specprune_ros.runlog import RunLog
 
     console = Console()
     recording = recording_from(arguments)
     config = fit_robot(config_from(arguments), recording)
-    policy = Policy.load(config)
+    policy = load_policy(config)
     policy.warm_up()
     log = RunLog(arguments.out, video=arguments.video)
     steps = run_recording(policy, recording, every=arguments.every)

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import importlib
 
+import torch
+
 from specprune_ros.config import PolicyConfig
-from specprune_ros.errors import ConfigError, MissingDependencyError
+from specprune_ros.errors import ConfigError
+from specprune_ros.models.base import VLAModel
 
 # name -> module with load(config, device) -> VLAModel
 MODELS = {'tiny': 'specprune_ros.models.tiny'}
 
 
-def load_model(config: PolicyConfig):
+def load_model(config: PolicyConfig) -> VLAModel:
     """Load the configured model onto its device.
-
-    Returns:
-        A models.base.VLAModel.
 
     Raises:
         ConfigError: no such model or device.
@@ -25,23 +25,17 @@ def load_model(config: PolicyConfig):
     name = config.model.name
     if name not in MODELS:
         raise ConfigError('model.name', name, f'must be one of {", ".join(MODELS)}')
-    try:
-        import torch
-    except ImportError as error:
-        raise MissingDependencyError('torch', 'the model', 'pip install torch') from error
     if config.model.threads:
         torch.set_num_threads(config.model.threads)
     return importlib.import_module(MODELS[name]).load(config, pick_device(config.model.device))
 
 
-def pick_device(name: str):
+def pick_device(name: str) -> torch.device:
     """The torch device of a name; 'auto' is cuda where there is one, else cpu.
 
     Raises:
         ConfigError: unknown or absent device.
     """
-    import torch
-
     if name == 'auto':
         name = 'cuda' if torch.cuda.is_available() else 'cpu'
     try:

@@ -16,6 +16,7 @@ from torch import nn
 
 from specprune_ros.config import PolicyConfig
 from specprune_ros.errors import ConfigError, MissingDependencyError
+from specprune_ros.loading import COMMANDS
 from specprune_ros.models.base import ModelInfo
 from specprune_ros.models.heads.l1 import L1RegressionHead
 from specprune_ros.models.openvla_oft import (
@@ -118,7 +119,7 @@ def _llama() -> nn.Module:
         from transformers import LlamaConfig, LlamaModel
     except ImportError as error:
         raise MissingDependencyError(
-            'transformers', 'the model', 'pip install "transformers>=4.50"'
+            'transformers', 'the model', COMMANDS['transformers'], error
         ) from error
     return LlamaModel(LlamaConfig(**LLAMA))
 

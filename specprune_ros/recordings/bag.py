@@ -78,7 +78,7 @@ class BagRecording:
             from rosbags.typesys import Stores, get_typestore
         except ImportError as error:
             raise MissingDependencyError(
-                'rosbags', 'reading a bag', 'pip install rosbags'
+                'rosbags', 'reading a bag', 'pip install rosbags', error
             ) from error
         typestore = get_typestore(Stores.ROS2_HUMBLE)
         register_own_messages(typestore)

@@ -23,9 +23,9 @@ from specprune_ros.errors import ConfigError, ObservationError, SpecPruneError
 from specprune_ros.health import Health
 from specprune_ros.images import as_rgb
 from specprune_ros.inbox import Inbox
+from specprune_ros.loading import load_policy
 from specprune_ros.msg import ActionChunk, ExecutedAction, PruningDiagnostics
 from specprune_ros.overlay import draw_overlay
-from specprune_ros.policy import Policy
 from specprune_ros.ros import conversions, diagnostics, qos
 from specprune_ros.ros.params import Parameters, fixed_changes
 from specprune_ros.ros.process import spin_process
@@ -72,7 +72,7 @@ class VlaNode(LifecycleNode):
         """Load the model, warm it up, make publishers. On failure the node stays unconfigured."""
         try:
             config = self._settings.read()
-            policy = Policy.load(config)
+            policy = load_policy(config)
             policy.warm_up()
             self._set_up(config, policy)
         except SpecPruneError as error:
@@ -133,7 +133,7 @@ class VlaNode(LifecycleNode):
         """What the process does last (see ros/process.py)."""
         self._tear_down()
 
-    def _set_up(self, config: PolicyConfig, policy: Policy) -> None:
+    def _set_up(self, config: PolicyConfig, policy) -> None:
         self._config = config
         self._hardware = policy.model.info.name
         self._inbox = Inbox(config.robot, config.runtime)
