@@ -259,6 +259,11 @@ class RuntimeConfig:
     max_joint_age_s: float = setting(
         0.5, 'a joint state older than this is stale', low=0.01, high=60.0, unit='s'
     )
+    max_result_age_s: float = setting(
+        2.0,
+        'a chunk is discarded when its observation is older than this by then',
+        low=0.01, high=60.0, unit='s',
+    )  # fmt: skip
     warm_up_queries: int = setting(2, 'inferences on grey images at configure', low=0, high=100)
     overlay_opacity: float = setting(
         0.45, 'how strongly the overlay colours patches', low=0.0, high=1.0, unit='1', live=True
@@ -425,6 +430,7 @@ def find_config(name: str | Path) -> Path:
 def config_roots() -> list[Path]:
     """Folders that may hold the shipped config/: the checkout's, then the installed ones."""
     prefixes = [Path(p) for p in os.environ.get('AMENT_PREFIX_PATH', '').split(os.pathsep) if p]
-    roots = [Path(__file__).resolve().parent.parent / 'config']
+    checkout = Path(__file__).resolve().parent.parent
+    roots = [checkout / 'config'] if (checkout / 'package.xml').is_file() else []
     roots += [p / 'share' / 'specprune_ros' / 'config' for p in (*prefixes, Path(sys.prefix))]
     return [root for root in roots if root.is_dir()]

@@ -61,15 +61,19 @@ class Inbox:
             )
         self._joints = (stamp_ns, values)
 
-    def put_instruction(self, text: str) -> None:
+    def put_instruction(self, text: str) -> bool:
         """Keep the newest instruction.
+
+        Returns:
+            Whether it differs from the former one.
 
         Raises:
             ObservationError: it is empty; the former one stays.
         """
         if not text.strip():
             raise ObservationError('instruction_empty', 'instruction', text, 'must say a task')
-        self._instruction = text.strip()
+        former, self._instruction = self._instruction, text.strip()
+        return former != self._instruction
 
     def forget_inputs(self) -> None:
         """Drop images and joint state (stopped, or time went back); the instruction stays."""

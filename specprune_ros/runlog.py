@@ -181,7 +181,8 @@ def plot_queries(reports: list[PruneReport], path: Path) -> None:
 
     figure = Figure(figsize=(9, 6.5), layout='constrained')
     FigureCanvasAgg(figure)
-    tokens, speed, latency = figure.subplots(3, sharex=True, height_ratios=(3, 2, 2))
+    heights = {'height_ratios': (3, 2, 2)}
+    tokens, speed, latency = figure.subplots(3, sharex=True, gridspec_kw=heights)
     query = np.arange(len(reports))
     for index, camera in enumerate(reports[0].cameras):
         share = [100 * r.tokens_static[index] / r.tokens_total[index] for r in reports]
@@ -189,7 +190,7 @@ def plot_queries(reports: list[PruneReport], path: Path) -> None:
         (line,) = tokens.plot(query, share, label=f'{camera} after static')
         tokens.plot(query, kept, '--', color=line.get_color(), label=f'{camera} after layers')
     tokens.set(ylabel='patches kept, %', ylim=(0, 105))
-    tokens.legend(fontsize=8, ncols=max(len(reports[0].cameras), 1))
+    tokens.legend(fontsize=8, ncol=max(len(reports[0].cameras), 1))
     speed.plot(query, [r.translation_speed for r in reports], 'k.-', label='v_t')
     speed.plot(query, [r.rotation_speed for r in reports], '.-', color='#999999', label='v_r')
     speed.set(ylabel='executed speed, 1')
@@ -198,7 +199,7 @@ def plot_queries(reports: list[PruneReport], path: Path) -> None:
         for at, mode in enumerate(modes):
             axis.axvspan(at - 0.5, at + 0.5, color=MODE_COLORS[mode], alpha=0.12, lw=0)
     handles = [Patch(color=MODE_COLORS[m], alpha=0.3, label=m.name.lower()) for m in set(modes)]
-    speed.legend(handles=[*speed.get_lines(), *handles], fontsize=8, ncols=2)
+    speed.legend(handles=[*speed.get_lines(), *handles], fontsize=8, ncol=2)
     latency.bar(query, [1e3 * r.latency_total_s for r in reports], color='#cccccc', label='total')
     latency.bar(
         query, [1e3 * r.latency_decode_s for r in reports], color='#444444', label='decode'

@@ -143,19 +143,33 @@ def test_missing_torch_fails_configure_with_the_command(world, tmp_path):
 # Replay ------------------------------------------------------------------------------------------
 
 
+def bag_without_cameras(path) -> None:
+    from rosbags.rosbag2 import Writer
+    from rosbags.typesys import Stores, get_typestore
+
+    store = get_typestore(Stores.ROS2_HUMBLE)
+    with Writer(path, version=8) as writer:
+        topic = writer.add_connection('/chatter', 'std_msgs/msg/String', typestore=store)
+        text = store.types['std_msgs/msg/String'](data='hello')
+        writer.write(topic, 1, store.serialize_cdr(text, 'std_msgs/msg/String'))
+
+
 @pytest.mark.parametrize(
     ('content', 'name', 'words'),
     [
         (b'no video', 'broken.mp4', ('broken.mp4', 'OpenCV cannot read it')),
         (b'no bag', 'broken.mcap', ('broken.mcap', 'rosbag2')),
         (None, 'absent', ('absent', 'no such file')),
+        (bag_without_cameras, 'bag', ('no image topic', '/chatter')),
     ],
 )
 def test_unreadable_recording_is_reported_and_the_node_stays(
     tmp_path, world, content, name, words
 ):
     path = tmp_path / name
-    if content is not None:
+    if callable(content):
+        content(path)
+    elif content is not None:
         path.write_bytes(content)
     world.target = 'replay_node'
     with NodeProcess('replay_node', {'recording': str(path)}) as process:

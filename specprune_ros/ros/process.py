@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 from collections.abc import Callable
+from typing import Protocol
 
 import rclpy
+from rclpy.exceptions import ParameterException
 from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
-from rclpy.node import Node
 from rclpy.signals import SignalHandlerOptions
+
+
+class StoppableNode(Protocol):
+    """An rclpy node that can stop its own threads."""
+
+    def shut_down(self) -> None:
+        """End threads and free what they use; the node is destroyed next."""
+
+    def destroy_node(self) -> None:
+        """As rclpy.node.Node does."""
+
 
 SPIN_S = 0.1  # longest time until a signal is noticed
 
 
 def spin_process(
-    make_node: Callable[[], Node],
+    make_node: Callable[[], StoppableNode],
     args: list[str] | None = None,
     *,
     done: threading.Event | None = None,
@@ -26,13 +39,18 @@ def spin_process(
     published any more and the lifecycle's shutdown never runs. So we take the signals ourselves.
 
     Returns:
-        The process's exit status, 0.
+        The process's exit status: 0, or 2 when a parameter is bad.
     """
     rclpy.init(args=args, signal_handler_options=SignalHandlerOptions.NO)
     stop = done or threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
-    node = make_node()
+    try:
+        node = make_node()
+    except ParameterException as error:
+        print(error, file=sys.stderr)
+        rclpy.try_shutdown()
+        return 2
     executor = SingleThreadedExecutor()
     executor.add_node(node)
     try:
@@ -41,9 +59,7 @@ def spin_process(
     except ExternalShutdownException:
         pass
     finally:
-        shut_down = getattr(node, 'shut_down', None)
-        if shut_down is not None:
-            shut_down()
+        node.shut_down()
         executor.shutdown(timeout_sec=1.0)
         node.destroy_node()
         rclpy.try_shutdown()

@@ -195,8 +195,8 @@ def main(args: list[str] | None = None) -> int:
         nodes.append(ReplayNode(done))
         return nodes[0]
 
-    spin_process(make, args, done=done)
-    return 2 if nodes[0].failed else 0
+    status = spin_process(make, args, done=done)
+    return 2 if status or nodes[0].failed else 0
 
 
 if __name__ == '__main__':

@@ -9,10 +9,12 @@ the model and takes as long as that takes.
 from __future__ import annotations
 
 import gc
+import threading
 import traceback
 
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
 from rcl_interfaces.msg import SetParametersResult
+from rclpy.clock import Clock, ClockType
 from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
 from rclpy.parameter import Parameter
 from sensor_msgs.msg import CompressedImage, Image, JointState
@@ -53,14 +55,22 @@ class VlaNode(LifecycleNode):
         self._worker: InferenceWorker | None = None
         self._inbox: Inbox | None = None
         self._hardware = ''
+        self._late_s = 0.0
         self._inputs: list = []  # subscriptions and the query timer, while active
         self._outputs: dict[str, object] = {}
         self._overlays: dict[str, object] = {}
         self._frame_ids: dict[str, str] = {}
-        self._ticket = 0  # of the current activation; results of an older one are void
+        # Results of an older ticket are void: it rises with every activation and instruction.
+        self._ticket = 0
         self._active = False
+        self._gate = threading.Lock()  # held while a chunk goes out, and to stop that
         self._diagnostics = self.create_publisher(DiagnosticArray, '/diagnostics', qos.DIAGNOSTICS)
-        self.create_timer(diagnostics.PERIOD_S, self._publish_diagnostics)
+        # Steady time: diagnostics must come even when simulated time stands still.
+        self.create_timer(
+            diagnostics.PERIOD_S,
+            self._publish_diagnostics,
+            clock=Clock(clock_type=ClockType.STEADY_TIME),
+        )
         self.add_on_set_parameters_callback(self._on_parameters)
         for stranger in self._settings.strangers():
             error = ConfigError(stranger, '...', 'unknown parameter, ignored')
@@ -104,8 +114,9 @@ class VlaNode(LifecycleNode):
         self._subscribe(String, '~/instruction', self._on_instruction, qos.LATCHED)
         period = 1.0 / self._config.runtime.query_rate_hz
         self._inputs.append(self.create_timer(period, self._on_query))
-        self._ticket += 1
-        self._active = True
+        with self._gate:
+            self._ticket += 1
+            self._active = True
         return super().on_activate(state)
 
     def on_deactivate(self, state: LifecycleState) -> TransitionCallbackReturn:
@@ -136,6 +147,7 @@ class VlaNode(LifecycleNode):
     def _set_up(self, config: PolicyConfig, policy) -> None:
         self._config = config
         self._hardware = policy.model.info.name
+        self._late_s = config.runtime.max_result_age_s
         self._inbox = Inbox(config.robot, config.runtime)
         self._outputs = {
             'chunk': self.create_publisher(ActionChunk, '~/action_chunk', qos.RELIABLE),
@@ -148,8 +160,9 @@ class VlaNode(LifecycleNode):
         self._worker = InferenceWorker(policy, self._on_result, self._on_error)
 
     def _stop_inputs(self) -> None:
-        self._active = False
-        self._ticket += 1
+        with self._gate:
+            self._active = False
+            self._ticket += 1
         for handle in self._inputs:
             destroy = self.destroy_timer if hasattr(handle, 'reset') else self.destroy_subscription
             destroy(handle)
@@ -191,10 +204,13 @@ class VlaNode(LifecycleNode):
 
     def _on_instruction(self, msg: String) -> None:
         with self._counting():
-            self._inbox.put_instruction(msg.data)
+            if self._inbox.put_instruction(msg.data):
+                with self._gate:
+                    self._ticket += 1
 
     def _on_executed(self, msg: ExecutedAction) -> None:
-        self._worker.observe(conversions.executed_from_msg(msg), self._inbox.images)
+        if not msg.dry_run:
+            self._worker.observe(conversions.executed_from_msg(msg), self._inbox.images)
 
     def _on_query(self) -> None:
         """Leave one observation for the inference thread, or say why there is none."""
@@ -205,14 +221,27 @@ class VlaNode(LifecycleNode):
     # Outputs: in the inference thread --------------------------------------------------------
 
     def _on_result(self, job: Job, result: PolicyResult) -> None:
-        if not self._active or job.ticket != self._ticket:
-            self._health.discarded()
-            return
-        result = conversions.stamped(result, self._now_ns())
-        self._outputs['chunk'].publish(conversions.chunk_to_msg(result.chunk))
-        self._outputs['pruning'].publish(conversions.report_to_msg(result.report))
+        now = self._now_ns()
+        result = conversions.stamped(result, now)
+        chunk, report = (
+            conversions.chunk_to_msg(result.chunk),
+            conversions.report_to_msg(result.report),
+        )
+        with self._gate:
+            if not self._active or job.ticket != self._ticket or self._is_late(job, now):
+                self._health.discarded()
+                return
+            self._outputs['chunk'].publish(chunk)
+            self._outputs['pruning'].publish(report)
         self._health.inferred(result)
         self._publish_overlays(job, result)
+
+    def _is_late(self, job: Job, now_ns: int) -> bool:
+        """Whether the observation is too old for its chunk to be acted on."""
+        age_s, limit = (now_ns - job.observation.stamp_ns) / 1e9, self._late_s
+        if age_s > limit:
+            self._fault('late', f'chunk of an observation {age_s:.3f} s old, limit {limit:g} s')
+        return age_s > limit
 
     def _publish_overlays(self, job: Job, result: PolicyResult) -> None:
         opacity = self.get_parameter('runtime.overlay_opacity').value
