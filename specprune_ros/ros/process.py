@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 import sys
 import threading
@@ -63,4 +64,10 @@ def spin_process(
         executor.shutdown(timeout_sec=1.0)
         node.destroy_node()
         rclpy.try_shutdown()
+        # What still refers to the DDS participant must go now, or peers see a ghost; the rest,
+        # torch's and transformers' modules, would cost the interpreter's last collections a second.
+        del node, executor
+        gc.collect()
+        gc.freeze()
     return 0
+
