@@ -122,6 +122,9 @@ class RobotConfig:
             values = getattr(self, name)
             if len(set(values)) != len(values):
                 raise ConfigError(f'robot.{name}', values, 'has a name twice')
+        limits = zip(self.per_action('action_min'), self.per_action('action_max'), strict=True)
+        if any(low > high for low, high in limits):
+            raise ConfigError('robot.action_min', self.action_min, 'lies above robot.action_max')
         if not self.camera_names:
             raise ConfigError('robot.camera_names', self.camera_names, 'needs at least one camera')
         if width == 0:
@@ -314,9 +317,11 @@ def _check_element(name: str, value: object, kind: type, limits: Mapping) -> Non
     if limits['choices'] and value not in limits['choices']:
         raise ConfigError(name, value, f'must be one of {", ".join(limits["choices"])}')
     if kind in (int, float):
+        if not math.isfinite(value):
+            raise ConfigError(name, value, 'must be finite')
         low = -math.inf if limits['low'] is None else limits['low']
         high = math.inf if limits['high'] is None else limits['high']
-        if not low <= value <= high:  # NaN fails too
+        if not low <= value <= high:
             raise ConfigError(name, value, f'must lie in [{low:g}, {high:g}]')
 
 
@@ -387,18 +392,20 @@ def read_parameter_file(path: Path) -> dict[str, object]:
     """
     try:
         tree = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError('params_file', str(path), f'cannot be read: {error}') from error
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        reason = ' '.join(str(error).split())
+        raise ConfigError('params_file', str(path), f'cannot be read: {reason}') from error
     try:
-        parameters = next(iter(tree.values()))['ros__parameters']
-    except (AttributeError, KeyError, StopIteration, TypeError):
-        parameters = None
-    if not isinstance(parameters, dict):
+        sections = [section['ros__parameters'] for section in tree.values()]
+    except (AttributeError, KeyError, TypeError):
+        sections = []
+    if not sections or not all(isinstance(section, dict) for section in sections):
         raise ConfigError(
             'params_file', str(path), "must look like '/**: {ros__parameters: {...}}'"
         )
     flat: dict[str, object] = {}
-    _flatten('', parameters, flat)
+    for section in sections:  # '/**' and a node's own, in the file's order
+        _flatten('', section, flat)
     return flat
 
 

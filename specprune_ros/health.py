@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections import Counter, deque
@@ -11,6 +12,8 @@ import numpy as np
 from specprune_ros.types import Mode, PolicyResult, PruneReport
 
 LATENCY_WINDOW = 200  # queries over which percentiles are taken
+NUMBER = re.compile(r'\d+(\.\d+)?')
+KINDS_KEPT = 1000  # kinds of fault whose last logging is remembered
 REPEAT_S = 5.0  # the same kind of error is logged at most this often
 
 
@@ -21,7 +24,7 @@ class Health:
         self._lock = threading.Lock()
         self._faults: Counter[str] = Counter()
         self._messages: dict[str, str] = {}
-        self._logged_at: dict[str, float] = {}
+        self._logged_at: dict[tuple[str, str], float] = {}
         self._latency_s: deque[float] = deque(maxlen=LATENCY_WINDOW)
         self._since_last_look = 0
         self._queries = 0
@@ -33,17 +36,20 @@ class Health:
         """Count a fault.
 
         Returns:
-            True when it should be logged: its message is new, or was last logged a while ago.
+            True when it should be logged: its message, numbers aside, was not logged lately.
         """
         now = time.monotonic()
+        # 'cameras/wrist = 0.61 s old' and '... 0.71 s old' are the same to whoever reads the log.
+        kind = (code, NUMBER.sub('#', message))
         with self._lock:
             self._faults[code] += 1
             self._since_last_look += 1
-            known = self._messages.get(code) == message
             self._messages[code] = message
-            if known and now - self._logged_at.get(code, -REPEAT_S) < REPEAT_S:
+            if now - self._logged_at.get(kind, -REPEAT_S) < REPEAT_S:
                 return False
-            self._logged_at[code] = now
+            if len(self._logged_at) >= KINDS_KEPT:
+                self._logged_at.clear()
+            self._logged_at[kind] = now
             return True
 
     def inferred(self, result: PolicyResult) -> None:

@@ -33,10 +33,11 @@ _CONVERSIONS = {
     'yuyv': 'COLOR_YUV2RGB_YUYV',
     'yuv422_yuy2': 'COLOR_YUV2RGB_YUYV',
 }
+_HALVED = ('uyvy', 'yuv422', 'yuyv', 'yuv422_yuy2')  # colour at half the horizontal resolution
 _BYTES = {
     **_CHANNELS,
     **{name: 1 for name in _CONVERSIONS if name.startswith('bayer')},
-    **dict.fromkeys(('uyvy', 'yuv422', 'yuyv', 'yuv422_yuy2'), 2),
+    **dict.fromkeys(_HALVED, 2),
 }
 ENCODINGS = tuple(sorted(_BYTES))
 
@@ -85,6 +86,13 @@ class RawImage:
         if size < needed:
             raise ObservationError(
                 'image_truncated', f'{self.field}.data', f'{size} bytes', f'needs {needed}'
+            )
+        if self.encoding in _HALVED and self.width % 2:
+            raise ObservationError(
+                'image_encoding',
+                f'{self.field}.width',
+                self.width,
+                f'must be even: two pixels of {self.encoding} share their colour',
             )
 
     def rgb(self) -> np.ndarray:

@@ -16,14 +16,25 @@ from specprune_ros.images import CameraImage
 from specprune_ros.types import Observation
 
 NS = 1_000_000_000
+INFINITY = float('inf')
 
 
 class Inbox:
-    """Newest image per camera, joint state and instruction of one robot."""
+    """Newest image per camera, joint state and instruction of one robot.
 
-    def __init__(self, robot: RobotConfig, runtime: RuntimeConfig):
+    Args:
+        robot: what belongs to it; images and joints of anything else are ignored.
+        runtime: how old inputs may be; None takes them at any age.
+    """
+
+    def __init__(self, robot: RobotConfig, runtime: RuntimeConfig | None):
         self._robot = robot
-        self._runtime = runtime
+        self._limits_s = {'camera': INFINITY, 'joint': INFINITY}
+        if runtime is not None:
+            self._limits_s = {
+                'camera': runtime.max_image_age_s,
+                'joint': runtime.max_joint_age_s,
+            }
         self._images: dict[str, tuple[int, np.ndarray | CameraImage]] = {}
         self._joints: tuple[int, np.ndarray] | None = None
         self._instruction: str | None = None
@@ -35,7 +46,8 @@ class Inbox:
 
     def put_image(self, camera: str, stamp_ns: int, image: np.ndarray | CameraImage) -> None:
         """Keep a camera's newest image."""
-        self._images[camera] = (stamp_ns, image)
+        if camera in self._robot.camera_names:
+            self._images[camera] = (stamp_ns, image)
 
     def put_joints(self, stamp_ns: int, names: Sequence[str], positions: Sequence[float]) -> None:
         """Keep the newest joint state; joints are found by name, in any order, extra ones ignored.
@@ -44,6 +56,8 @@ class Inbox:
             ObservationError: names and positions differ in number, a joint of the robot is
                 missing, or its position is not finite.
         """
+        if not self._robot.joint_names:
+            return
         if len(names) != len(positions):
             got = f'{len(names)} names, {len(positions)} positions'
             raise ObservationError('joint_width', 'joint_states', got, 'must be as many')
@@ -87,7 +101,7 @@ class Inbox:
         if self._robot.joint_names:
             stamps['joint_states'] = self._joints[0] if self._joints else None
         return {
-            name: float('inf') if stamp is None else (now_ns - stamp) / NS
+            name: INFINITY if stamp is None else (now_ns - stamp) / NS
             for name, stamp in stamps.items()
         }
 
@@ -115,10 +129,9 @@ class Inbox:
         )
 
     def _check_age(self, name: str, age: float) -> None:
-        joint = name == 'joint_states'
-        limit = self._runtime.max_joint_age_s if joint else self._runtime.max_image_age_s
-        kind = 'joint' if joint else 'camera'
-        if age == float('inf'):
+        kind = 'joint' if name == 'joint_states' else 'camera'
+        limit = self._limits_s[kind]
+        if age == INFINITY:
             raise ObservationError(f'{kind}_missing', name, None, 'nothing came yet')
         if not -limit <= age <= limit:  # from the future: the clock jumped back
             raise ObservationError(

@@ -12,7 +12,13 @@ import numpy as np
 from specprune_ros.config import PolicyConfig
 from specprune_ros.errors import ObservationError, RecordingError
 from specprune_ros.inbox import Inbox
-from specprune_ros.recordings.base import CameraEvent, InstructionEvent, JointEvent, Recording
+from specprune_ros.recordings.base import (
+    CameraEvent,
+    Event,
+    InstructionEvent,
+    JointEvent,
+    Recording,
+)
 from specprune_ros.types import ExecutedAction, Observation, PolicyResult
 
 if TYPE_CHECKING:
@@ -61,10 +67,8 @@ def run_recording(
     Raises:
         RecordingError: some camera, joint or the instruction never came.
     """
-    robot, runtime = policy.config.robot, policy.config.runtime
-    # Recorded time has no 'now', only the newest stamp: nothing is stale.
-    ageless = dataclasses.replace(runtime, max_image_age_s=60.0, max_joint_age_s=60.0)
-    inbox, since, queries = Inbox(robot, ageless), math.inf, 0
+    robot = policy.config.robot
+    inbox, since, queries = Inbox(robot, None), math.inf, 0
     every = every or robot.horizon
     trigger = ExecutedAction if recording.has_actions else CameraEvent
     for event in recording.events():
@@ -83,7 +87,10 @@ def run_recording(
         yield outcome
         if queries:
             action = event if isinstance(event, ExecutedAction) else None
-            policy.observe_executed(action, inbox.images)
+            try:
+                policy.observe_executed(action, inbox.images)
+            except ObservationError as error:
+                yield error
             since += 1
     if not queries:
         ages = inbox.age_s(0)
@@ -91,7 +98,9 @@ def run_recording(
         raise RecordingError(recording.path, f'no query was possible, missing: {missing}')
 
 
-def _store(inbox: Inbox, event: object) -> None:
+def _store(inbox: Inbox, event: Event) -> None:
+    if isinstance(event, ObservationError):
+        raise event
     if isinstance(event, CameraEvent):
         inbox.put_image(event.camera, event.stamp_ns, event.image)
     elif isinstance(event, JointEvent):
@@ -105,8 +114,6 @@ def _query(
 ) -> tuple[Observation, PolicyResult] | ObservationError:
     try:
         observation = inbox.observation(now_ns)
-        wanted = {name: observation.images[name] for name in policy.model.info.cameras}
-        observation = dataclasses.replace(observation, images=wanted)
         return observation, policy.infer(observation)
     except ObservationError as error:
         return error

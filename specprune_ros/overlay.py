@@ -22,6 +22,7 @@ DIMMED, LAYER_DIMMED = 0.4, 0.7  # brightness of statically and of layer-pruned 
 STATIC_LAYER = 2
 LEGEND_ROWS = 34
 MIN_WIDTH = 448  # smaller images are enlarged, so that the legend can be read
+MAX_ROWS = 1024  # to which an image may be enlarged
 FONT = cv2.FONT_HERSHEY_SIMPLEX
 
 
@@ -53,7 +54,7 @@ def _enlarged(image: np.ndarray) -> np.ndarray:
     rows, cols = image.shape[:2]
     if cols >= MIN_WIDTH:
         return np.ascontiguousarray(image)
-    scale = -(-MIN_WIDTH // cols)
+    scale = max(min(-(-MIN_WIDTH // cols), MAX_ROWS // rows), 1)
     return cv2.resize(image, (cols * scale, rows * scale), interpolation=cv2.INTER_CUBIC)
 
 

@@ -5,13 +5,18 @@ Works without ROS: from a script, a simulator, a server, or `ros/vla_node.py`.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from specprune_ros.checks import (
+    check_image,
+    check_instruction,
+    check_proprio,
+    executed_displacement,
+)
 from specprune_ros.config import PolicyConfig, PruneConfig
 from specprune_ros.episode import Episode
 from specprune_ros.errors import ActionError, ConfigError, ObservationError, PruningError
@@ -23,45 +28,15 @@ from specprune_ros.pruning import make_method
 from specprune_ros.pruning.base import KeepAll, PruneRun, PruneTrace, QueryContext
 from specprune_ros.pruning.motion import motion_of
 from specprune_ros.pruning.scores import patch_similarity
+from specprune_ros.report import make_report
+from specprune_ros.timing import StageClock
 from specprune_ros.types import (
     ActionChunk,
     ActionSpace,
     ExecutedAction,
-    Mode,
     Observation,
     PolicyResult,
-    PruneReport,
 )
-
-STAGES = ('preprocess', 'embed', 'decode', 'act')
-NAN = float('nan')
-
-
-class StageClock:
-    """Times the stages of one inference without making the host wait between them."""
-
-    def __init__(self, device: torch.device):
-        self._cuda = device.type == 'cuda'
-        self._start = time.perf_counter()
-        self._marks: list = [self._mark()]
-
-    def lap(self) -> None:
-        """End of a stage."""
-        self._marks.append(self._mark())
-
-    def seconds(self) -> dict[str, float]:
-        """Report field -> seconds. Call after the result is on the host."""
-        pairs = zip(self._marks, self._marks[1:], strict=False)
-        laps = [a.elapsed_time(b) / 1e3 if self._cuda else b - a for a, b in pairs]
-        named = {f'latency_{stage}_s': lap for stage, lap in zip(STAGES, laps, strict=True)}
-        return {**named, 'latency_total_s': time.perf_counter() - self._start}
-
-    def _mark(self):
-        if not self._cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
 
 
 class Policy:
@@ -167,7 +142,7 @@ class Policy:
         episode.motion = None
         if action is None:
             return
-        translation, rotation = self._displacement(action)
+        translation, rotation = executed_displacement(action, self.config.robot)
         episode.displacement = episode.displacement + translation
         episode.motion = motion_of(translation, rotation)
         episode.fine = self._method.next_fine(episode.fine, episode.motion)
@@ -210,7 +185,17 @@ class Policy:
             trace, fallback = self._finish(run, context, fallback)
             clock.lap()
         chunk = self._chunk(observation, normalized)
-        report = self._report(chunk, prompt, trace, fallback, age, clock)
+        report = make_report(
+            chunk=chunk,
+            layout=prompt.layout,
+            trace=trace,
+            episode=self._episode,
+            method=self._method.name,
+            alpha=self.config.pruning.alpha,
+            reference_age=age,
+            fallback=fallback,
+            latency_s=clock.seconds(),
+        )
         self._end_query(observation, images)
         return PolicyResult(chunk=chunk, report=report)
 
@@ -303,81 +288,6 @@ class Policy:
             stand_in=self.model.info.stand_in,
         )
 
-    def _report(
-        self,
-        chunk: ActionChunk,
-        prompt: Prompt,
-        trace: PruneTrace,
-        fallback: str,
-        age: int,
-        clock: StageClock,
-    ) -> PruneReport:
-        episode, motion, layout = self._episode, self._episode.motion, prompt.layout
-        cameras = len(layout.cameras)
-        gone = trace.pruned_after_layer.cpu().numpy()
-        static = ((gone == 0) | (gone > trace.static_layer)).sum(axis=1)
-        sizes = {
-            'grid_rows': cameras * [layout.grid[0]],
-            'grid_cols': cameras * [layout.grid[1]],
-            'tokens_total': cameras * [layout.patches],
-            'tokens_static': static,
-            'tokens_kept': (gone == 0).sum(axis=1),
-            'layer_index': trace.layer_index,
-            'layer_tokens': trace.layer_tokens,
-        }
-        return PruneReport(
-            stamp_ns=chunk.observation_stamp_ns,
-            chunk_id=chunk.chunk_id,
-            epoch=chunk.epoch,
-            method=self._method.name,
-            budget=trace.budget,
-            alpha=self.config.pruning.alpha,
-            mode=Mode.FALLBACK if fallback else trace.mode,
-            mode_reason=trace.mode_reason or self._mode_reason(),
-            fallback_reason=fallback,
-            translation_speed=motion.translation_speed if motion else NAN,
-            rotation_speed=motion.rotation_speed if motion else NAN,
-            vertical_displacement=motion.vertical if motion else NAN,
-            chunk_displacement=float(np.linalg.norm(episode.displacement)),
-            reference_age=age,
-            cameras=layout.cameras,
-            **{name: np.asarray(values, np.uint32) for name, values in sizes.items()},
-            recall=np.full(cameras, NAN) if trace.recall is None else _host(trace.recall),
-            reason=trace.reason.cpu().numpy().reshape(-1),
-            pruned_after_layer=gone.reshape(-1),
-            layer_confidence=np.zeros(0) if trace.confidence is None else _host(trace.confidence),
-            sequence_tokens=layout.length,
-            stand_in=chunk.stand_in,
-            **clock.seconds(),
-        )
-
-    def _mode_reason(self) -> str:
-        motion = self._episode.motion
-        if motion is None:
-            return 'no executed action is known: prune gently'
-        return (
-            f'v_t {motion.translation_speed:.2f}, v_r {motion.rotation_speed:.2f}, '
-            f'dz {motion.vertical:+.2f}'
-        )
-
-    def _displacement(self, action: ExecutedAction) -> tuple[np.ndarray, np.ndarray]:
-        """Executed [3] translation and [3] rotation, unit 1."""
-        robot = self.config.robot
-        values = dict(zip(action.names, np.asarray(action.data, float), strict=False))
-        wanted = (*robot.translation_names, *robot.rotation_names)
-        missing = [name for name in wanted if name not in values]
-        if missing:
-            raise ObservationError(
-                'action_names', 'executed_action.names', action.names, f'lacks {missing}'
-            )
-        picked = np.array([values[name] for name in wanted])
-        if not np.isfinite(picked).all():
-            raise ObservationError(
-                'action_not_finite', 'executed_action.data', list(action.data), 'must be finite'
-            )
-        translation, rotation = picked[:3], picked[3:]
-        return translation / robot.translation_scale, rotation / robot.rotation_scale
-
     def _check_fit(self) -> None:
         robot, info = self.config.robot, self.model.info
         fits = {
@@ -397,11 +307,8 @@ class Policy:
 
     def _checked_images(self, observation: Observation) -> dict[str, np.ndarray]:
         """All cameras' RGB images, in model order, after every check of the observation."""
-        if not observation.instruction.strip():
-            raise ObservationError(
-                'instruction_empty', 'instruction', observation.instruction, 'must say a task'
-            )
-        self._check_proprio(observation.proprio)
+        check_instruction(observation.instruction)
+        check_proprio(observation.proprio, self.model.info.proprio_dim)
         images = {}
         for name in self.model.info.cameras:
             if name not in observation.images:
@@ -409,44 +316,22 @@ class Policy:
                     'camera_missing', f'cameras/{name}', None, 'no image of this camera'
                 )
             images[name] = as_rgb(observation.images[name])
-            self._check_image(name, images[name])
+            check_image(name, images[name])
+        self._check_sizes(images)
         return images
 
-    def _check_image(self, name: str, image: np.ndarray) -> None:
-        field = f'cameras/{name}'
-        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-            got = f'{image.dtype} {image.shape}'
-            raise ObservationError('image_shape', field, got, 'must be uint8 [rows, cols, 3]')
-        size = image.shape[:2]
-        if 0 in size:
-            raise ObservationError('image_empty', field, size, 'the image has no pixels')
-        before = self._episode.sizes.get(name, size)
-        if size != before:
+    def _check_sizes(self, images: Mapping[str, np.ndarray]) -> None:
+        """A camera whose size changed was swapped or reconfigured: its past cannot be compared."""
+        sizes = {name: image.shape[:2] for name, image in images.items()}
+        before = {name: self._episode.sizes.get(name, size) for name, size in sizes.items()}
+        resized = [name for name in sizes if sizes[name] != before[name]]
+        if resized:
             self.reset()
-        self._episode.sizes[name] = size
-        if size != before:
+        self._episode.sizes = sizes
+        for name in resized:
             raise ObservationError(
                 'camera_resized',
-                field,
-                size,
-                f'the size (rows, cols) was {before}: the episode starts anew with this one',
+                f'cameras/{name}',
+                sizes[name],
+                f'the size (rows, cols) was {before[name]}: the episode starts anew',
             )
-
-    def _check_proprio(self, proprio: np.ndarray | None) -> None:
-        width = self.model.info.proprio_dim
-        if not width:
-            return
-        if proprio is None:
-            raise ObservationError('joint_missing', 'joint_states', None, 'no joint state')
-        if len(proprio) != width:
-            raise ObservationError(
-                'joint_width', 'joint_states', list(proprio), f'must hold {width} positions'
-            )
-        if not np.isfinite(proprio).all():
-            raise ObservationError(
-                'joint_not_finite', 'joint_states', list(proprio), 'must be finite'
-            )
-
-
-def _host(tensor: Tensor) -> np.ndarray:
-    return tensor.cpu().double().numpy()

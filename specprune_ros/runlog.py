@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import cv2
 import numpy as np
 from rich.table import Table
 
+from specprune_ros.errors import ConfigError
 from specprune_ros.types import ActionChunk, Mode, PruneReport
 
 MASKS = ('reason', 'pruned_after_layer')
@@ -29,18 +31,24 @@ class RunLog:
         out: the folder; made if absent.
         video: overlays as one video per camera instead of pictures.
         fps: of the videos.
+
+    Raises:
+        ConfigError: the folder cannot be made or written.
     """
 
     def __init__(self, out: Path, *, video: bool = False, fps: float = 5.0):
         self.out = Path(out)
-        self.out.mkdir(parents=True, exist_ok=True)
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            self._lines = (self.out / 'reports.jsonl').open('w')
+        except OSError as error:
+            raise ConfigError('--out', str(out), f'cannot be written: {error}') from error
         self.chunks: list[ActionChunk] = []
         self.reports: list[PruneReport] = []
         self.skipped: list[str] = []
         self._video = video
         self._fps = fps
         self._writers: dict[str, cv2.VideoWriter] = {}
-        self._lines = (self.out / 'reports.jsonl').open('w')
 
     def add(self, chunk: ActionChunk, report: PruneReport) -> None:
         """One query."""
@@ -93,13 +101,21 @@ class RunLog:
 
 
 def report_line(report: PruneReport) -> str:
-    """One report as one line of JSON; the masks are left out."""
+    """One report as one line of JSON; the masks are left out, NaN is null."""
     values = {}
     for spec in dataclasses.fields(report):
         if spec.name not in MASKS:
             value = getattr(report, spec.name)
-            values[spec.name] = value.tolist() if isinstance(value, np.ndarray) else value
-    return json.dumps(values, allow_nan=True)
+            plain = value.tolist() if isinstance(value, np.ndarray) else value
+            values[spec.name] = _without_nan(plain)
+    return json.dumps(values, allow_nan=False)
+
+
+def _without_nan(value: object) -> object:
+    """JSON knows no NaN: what is unknown becomes null."""
+    if isinstance(value, list):
+        return [_without_nan(element) for element in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def summary(reports: list[PruneReport]) -> dict[str, object]:

@@ -17,7 +17,8 @@ import torch
 
 from specprune_ros.config import PolicyConfig
 from specprune_ros.models import load_model
-from specprune_ros.policy import STAGES, Policy
+from specprune_ros.policy import Policy
+from specprune_ros.timing import STAGES
 from specprune_ros.types import ExecutedAction, Observation, PruneReport
 
 DENSE = 'none'

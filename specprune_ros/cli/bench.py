@@ -11,7 +11,8 @@ import dataclasses
 import json
 from pathlib import Path
 
-from specprune_ros.cli.options import add_config_arguments, config_from
+from specprune_ros.cli.options import add_config_arguments, at_least, config_from
+from specprune_ros.errors import ConfigError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,14 +32,17 @@ def run(arguments: argparse.Namespace) -> int:
     from specprune_ros.models import pick_device
 
     config = config_from(arguments)
+    repeats = at_least('repeats', arguments.repeats, 1)
+    for path in filter(None, (arguments.json, arguments.csv)):
+        check_writable(path)  # before the measurement, not after it
     rows = []
     for cameras in arguments.cameras:
         variants = latency.make_variants(config, cameras)
-        rows += latency.rows_of(variants, list(latency.measure(variants, arguments.repeats)))
+        rows += latency.rows_of(variants, list(latency.measure(variants, repeats)))
     environment = latency.environment(pick_device(config.model.device))
     print(', '.join(f'{key} {value}' for key, value in environment.items()))
     print(f'model {variants[0].policy.model.info.name}')
-    print(f'alpha {config.pruning.alpha:g}, {arguments.repeats} queries each, coarse:fine 1:1')
+    print(f'alpha {config.pruning.alpha:g}, {repeats} queries each, coarse:fine 1:1')
     print(table(rows))
     records = [{**dataclasses.asdict(row), **environment} for row in rows]
     if arguments.json:
@@ -49,6 +53,18 @@ def run(arguments: argparse.Namespace) -> int:
             writer.writeheader()
             writer.writerows(records)
     return 0
+
+
+def check_writable(path: Path) -> None:
+    """See that a file can be written.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    try:
+        path.open('a').close()
+    except OSError as error:
+        raise ConfigError('--json or --csv', str(path), f'cannot be written: {error}') from error
 
 
 def table(rows: list) -> str:

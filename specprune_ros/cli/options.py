@@ -43,8 +43,23 @@ def config_from(arguments: argparse.Namespace) -> PolicyConfig:
         name, equals, value = text.partition('=')
         if not equals:
             raise ConfigError('--set', text, 'must look like pruning.alpha=0.6')
-        overrides[name.strip()] = yaml.safe_load(value)
+        try:
+            overrides[name.strip()] = yaml.safe_load(value)
+        except (ValueError, yaml.YAMLError) as error:
+            reason = ' '.join(str(error).split())
+            raise ConfigError('--set', text, f'the value is not YAML: {reason}') from error
     return load_config(arguments.params or ['models/tiny'], overrides)
+
+
+def at_least(name: str, value: int, least: int) -> int:
+    """The value.
+
+    Raises:
+        ConfigError: it is too small.
+    """
+    if value < least:
+        raise ConfigError(f'--{name}', value, f'must be at least {least}')
+    return value
 
 
 def add_recording_arguments(parser: argparse.ArgumentParser) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from specprune_ros.cli.options import (
     add_config_arguments,
     add_recording_arguments,
+    at_least,
     config_from,
     recording_from,
 )
@@ -39,13 +40,14 @@ def run(arguments: argparse.Namespace) -> int:
     from specprune_ros.overlay import draw_overlay
     from specprune_ros.runlog import RunLog
 
+    every = at_least('every', arguments.every, 0)
     console = Console()
     recording = recording_from(arguments)
     config = fit_robot(config_from(arguments), recording)
     policy = load_policy(config)
     policy.warm_up()
     log = RunLog(arguments.out, video=arguments.video)
-    steps = run_recording(policy, recording, every=arguments.every)
+    steps = run_recording(policy, recording, every=every)
     bar = track(steps, 'queries', total=control_steps(recording), console=console)
     for outcome in bar:
         if isinstance(outcome, ObservationError):

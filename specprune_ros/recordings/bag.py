@@ -5,14 +5,24 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from specprune_ros.errors import MissingDependencyError, RecordingError
+from specprune_ros.errors import (
+    MissingDependencyError,
+    ObservationError,
+    RecordingError,
+    SpecPruneError,
+)
 from specprune_ros.images import CompressedImage, RawImage
 from specprune_ros.recordings.base import CameraEvent, Event, InstructionEvent, JointEvent
 from specprune_ros.types import ExecutedAction
+
+if TYPE_CHECKING:
+    from rosbags.highlevel import AnyReader
 
 IMAGE = 'sensor_msgs/msg/Image'
 COMPRESSED = 'sensor_msgs/msg/CompressedImage'
@@ -40,7 +50,7 @@ class BagRecording:
     def __init__(self, path: Path, cameras: dict[str, str] | None = None, instruction: str = ''):
         self.path = str(path)
         self._instruction = instruction
-        with self._open() as reader:
+        with self._reading() as reader:
             types = {connection.topic: connection.msgtype for connection in reader.connections}
             self._images = self._camera_topics(types, cameras or {})
             self._others = {
@@ -62,19 +72,24 @@ class BagRecording:
         if self._instruction:
             yield InstructionEvent(0, self._instruction)
         topics = {topic: camera for camera, topic in self._images.items()}
-        with self._open() as reader:
+        with self._reading() as reader:
             wanted = [c for c in reader.connections if c.topic in {**topics, **self._others}]
             for connection, stamp, raw in reader.messages(wanted):
                 message = reader.deserialize(raw, connection.msgtype)
                 since = stamp - self._start_ns
                 if connection.topic in topics:
-                    yield _camera_event(since, topics[connection.topic], message)
+                    try:
+                        yield _camera_event(since, topics[connection.topic], message)
+                    except ObservationError as error:
+                        yield error
                 elif connection.msgtype != TEXT or not self._instruction:
                     yield _CONVERTERS[connection.msgtype](since, message)
 
-    def _open(self):
+    @contextmanager
+    def _reading(self) -> Iterator[AnyReader]:
+        """An open reader; whatever damaged data makes it raise becomes a RecordingError."""
         try:
-            from rosbags.highlevel import AnyReader, AnyReaderError
+            from rosbags.highlevel import AnyReader
             from rosbags.typesys import Stores, get_typestore
         except ImportError as error:
             raise MissingDependencyError(
@@ -83,11 +98,14 @@ class BagRecording:
         typestore = get_typestore(Stores.ROS2_HUMBLE)
         register_own_messages(typestore)
         try:
-            reader = AnyReader([Path(self.path)], default_typestore=typestore)
-            reader.open()
-        except (AnyReaderError, OSError, ValueError, KeyError, AssertionError) as error:
-            raise RecordingError(self.path, f'cannot be read as a rosbag2: {error}') from error
-        return _Closing(reader)
+            with AnyReader([Path(self.path)], default_typestore=typestore) as reader:
+                yield reader
+        except SpecPruneError:
+            raise
+        except Exception as error:  # storage, decompression and decoding each raise their own
+            raise RecordingError(
+                self.path, f'cannot be read as a rosbag2: {type(error).__name__}: {error}'
+            ) from error
 
     def _camera_topics(self, types: dict[str, str], asked: dict[str, str]) -> dict[str, str]:
         images = [topic for topic, kind in types.items() if kind in (IMAGE, COMPRESSED)]
@@ -100,19 +118,6 @@ class BagRecording:
         if not found:
             raise RecordingError(self.path, f'has no image topic, only {sorted(types)}')
         return dict(sorted(found.items()))
-
-
-class _Closing:
-    """Context manager of a reader that is already open."""
-
-    def __init__(self, reader):
-        self._reader = reader
-
-    def __enter__(self):
-        return self._reader
-
-    def __exit__(self, *exc: object) -> None:
-        self._reader.close()
 
 
 def camera_name(topic: str) -> str:

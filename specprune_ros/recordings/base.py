@@ -8,6 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
+from specprune_ros.errors import ObservationError
 from specprune_ros.images import CameraImage
 from specprune_ros.types import ExecutedAction
 
@@ -38,7 +39,8 @@ class InstructionEvent:
     text: str
 
 
-Event = CameraEvent | JointEvent | InstructionEvent | ExecutedAction
+# An ObservationError stands for an image that cannot be used, in its place in the stream.
+Event = CameraEvent | JointEvent | InstructionEvent | ExecutedAction | ObservationError
 
 
 class Recording(Protocol):
@@ -59,4 +61,8 @@ class Recording(Protocol):
     duration_s: float
 
     def events(self) -> Iterator[Event]:
-        """All events by ascending stamp."""
+        """All events by ascending stamp.
+
+        Raises:
+            RecordingError: the data is damaged from here on.
+        """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import zipfile
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,7 +33,7 @@ class NpzRecording:
         try:
             with np.load(path, allow_pickle=False) as file:
                 arrays = {name: file[name] for name in file.files}
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        except Exception as error:  # zip, inflate and the array header each raise their own
             raise RecordingError(path, f'cannot be read as npz: {error}') from error
         self._images = {
             name.removesuffix(IMAGE_SUFFIX): array
@@ -43,11 +43,15 @@ class NpzRecording:
         if not self._images:
             raise RecordingError(path, f'has no *{IMAGE_SUFFIX} array, only {sorted(arrays)}')
         for name, array in self._images.items():
-            if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
+            if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or not array.size:
                 got = f'{array.dtype} {array.shape}'
                 raise RecordingError(path, f'{name}{IMAGE_SUFFIX} is {got}, not uint8 [y, x, 3]')
-        self._state = np.atleast_1d(arrays.get('state', np.zeros(0))).astype(float)
-        self._instruction = instruction or str(arrays.get('task_description', path.stem))
+        state = np.atleast_1d(arrays.get('state', np.zeros(0)))
+        if state.ndim != 1 or state.dtype.kind not in 'fiu':
+            raise RecordingError(path, f'state is {state.dtype} {state.shape}, not numbers [P]')
+        self._state = state.astype(float)
+        words = re.sub(r'[_\-\s]+', ' ', path.stem).strip()
+        self._instruction = instruction or str(arrays.get('task_description', words))
         self.cameras = tuple(self._images)
         self.joint_names = tuple(f'state_{index}' for index in range(len(self._state)))
         self.duration_s = STILL_S

@@ -65,9 +65,8 @@ def spin_process(
         node.destroy_node()
         rclpy.try_shutdown()
         # What still refers to the DDS participant must go now, or peers see a ghost; the rest,
-        # torch's and transformers' modules, would cost the interpreter's last collections a second.
+        # torch and transformers, would cost the interpreter's last collections a second.
         del node, executor
         gc.collect()
         gc.freeze()
     return 0
-

@@ -136,6 +136,9 @@ class ReplayNode(Node):
         """One pass through the recording, in its own time; False when it was halted."""
         rate, start = self._value('rate'), time.monotonic()
         for event in recording.events():
+            if isinstance(event, ObservationError):
+                self._fault(event)
+                continue
             wait = start + event.stamp_ns / NS / rate - time.monotonic()
             if self._halt.wait(max(wait, 0.0)):
                 return False

@@ -1,0 +1,252 @@
+"""The newest good value of every input, and when they make an observation."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from specprune_ros.config import RobotConfig, RuntimeConfig
+from specprune_ros.errors import ObservationError
+from specprune_ros.images import RawImage
+from specprune_ros.inbox import Inbox
+
+NS = 1_000_000_000
+NOW = 1000 * NS
+JOINTS = ('shoulder', 'elbow', 'finger')
+NAN, INF = float('nan'), float('inf')
+
+
+def picture(value: int = 0) -> np.ndarray:
+    return np.full((4, 4, 3), value, np.uint8)
+
+
+def make_inbox(joints: tuple[str, ...] = JOINTS, **runtime: float) -> Inbox:
+    robot = RobotConfig(camera_names=('wrist', 'side'), joint_names=joints)
+    ages = {'max_image_age_s': 0.5, 'max_joint_age_s': 0.2, **runtime}
+    return Inbox(robot, RuntimeConfig(**ages))
+
+
+def full_inbox() -> Inbox:
+    inbox = make_inbox()
+    inbox.put_instruction('pick up the soup')
+    inbox.put_image('wrist', NOW, picture(1))
+    inbox.put_image('side', NOW, picture(2))
+    inbox.put_joints(NOW, JOINTS, (0.1, 0.2, 0.3))
+    return inbox
+
+
+def refusal(inbox: Inbox, now_ns: int = NOW) -> ObservationError:
+    with pytest.raises(ObservationError) as caught:
+        inbox.observation(now_ns)
+    return caught.value
+
+
+def test_all_inputs_make_an_observation():
+    observation = full_inbox().observation(NOW)
+    assert {name: int(image[0, 0, 0]) for name, image in observation.images.items()} == {
+        'wrist': 1,
+        'side': 2,
+    }
+    assert observation.proprio.tolist() == [0.1, 0.2, 0.3]
+    assert observation.instruction == 'pick up the soup'
+    assert observation.image_stamps_ns == {'wrist': NOW, 'side': NOW}
+
+
+def test_newest_image_of_each_camera():
+    inbox = full_inbox()
+    inbox.put_image('side', NOW + 1, picture(9))
+    observation = inbox.observation(NOW + 1)
+    assert int(observation.images['side'][0, 0, 0]) == 9
+    assert int(observation.images['wrist'][0, 0, 0]) == 1
+    assert inbox.images.keys() == {'wrist', 'side'}
+
+
+def test_an_observation_does_not_change_afterwards():
+    inbox = full_inbox()
+    observation = inbox.observation(NOW)
+    inbox.put_image('side', NOW + 1, picture(9))
+    inbox.put_joints(NOW + 1, JOINTS, (7.0, 8.0, 9.0))
+    inbox.forget_inputs()
+    assert int(observation.images['side'][0, 0, 0]) == 2
+    assert observation.proprio.tolist() == [0.1, 0.2, 0.3]
+
+
+# Joints ----------------------------------------------------------------------------------------
+
+
+@given(st.permutations([*JOINTS, 'gripper_mimic', 'head_pan']))
+def test_joints_by_name_in_any_order_with_extras(names):
+    values = {name: float(index) for index, name in enumerate(JOINTS)}
+    inbox = full_inbox()
+    inbox.put_joints(NOW, names, [values.get(name, NAN) for name in names])
+    assert inbox.observation(NOW).proprio.tolist() == [0.0, 1.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    ('names', 'positions', 'code', 'told'),
+    [
+        (JOINTS[:2], (1.0, 2.0), 'joint_missing', 'finger'),
+        ((), (), 'joint_missing', 'shoulder'),
+        (JOINTS, (1.0, NAN, 2.0), 'joint_not_finite', 'elbow'),
+        (JOINTS, (INF, 1.0, 2.0), 'joint_not_finite', 'shoulder'),
+        (JOINTS, (1.0, 2.0), 'joint_width', '3 names, 2 positions'),
+        (JOINTS, (1.0, 2.0, 3.0, 4.0), 'joint_width', '3 names, 4 positions'),
+        (JOINTS, (), 'joint_width', '3 names, 0 positions'),
+    ],
+)
+def test_bad_joint_state_is_refused_and_the_former_kept(names, positions, code, told):
+    inbox = full_inbox()
+    with pytest.raises(ObservationError, match=told) as caught:
+        inbox.put_joints(NOW + 5, names, np.array(positions))
+    assert caught.value.code == code
+    assert caught.value.field.startswith('joint_states')
+    assert inbox.observation(NOW).proprio.tolist() == [0.1, 0.2, 0.3]
+
+
+def test_robot_without_joints_needs_none():
+    inbox = make_inbox(joints=())
+    inbox.put_instruction('go')
+    for camera in ('wrist', 'side'):
+        inbox.put_image(camera, NOW, picture())
+    assert inbox.observation(NOW).proprio is None
+
+
+# Instruction -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('text', ['', ' ', '\n\t'])
+def test_empty_instruction_keeps_the_former(text):
+    inbox = full_inbox()
+    with pytest.raises(ObservationError) as caught:
+        inbox.put_instruction(text)
+    assert caught.value.code == 'instruction_empty'
+    assert inbox.observation(NOW).instruction == 'pick up the soup'
+
+
+def test_instruction_is_replaced_and_survives_forgetting():
+    inbox = full_inbox()
+    inbox.put_instruction('  open the drawer\n')
+    inbox.forget_inputs()
+    assert refusal(inbox).code == 'camera_missing'
+    for camera in ('wrist', 'side'):
+        inbox.put_image(camera, NOW, picture())
+    assert refusal(inbox).code == 'joint_missing'
+    inbox.put_joints(NOW, JOINTS, (1.0, 2.0, 3.0))
+    assert inbox.observation(NOW).instruction == 'open the drawer'
+
+
+# Missing and stale -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ('absent', 'code'),
+    [
+        ('instruction', 'instruction_missing'),
+        ('cameras/wrist', 'camera_missing'),
+        ('cameras/side', 'camera_missing'),
+        ('joint_states', 'joint_missing'),
+    ],
+)
+def test_input_that_never_came(absent, code):
+    inbox = make_inbox()
+    if absent != 'instruction':
+        inbox.put_instruction('go')
+    for camera in ('wrist', 'side'):
+        if absent != f'cameras/{camera}':
+            inbox.put_image(camera, NOW, picture())
+    if absent != 'joint_states':
+        inbox.put_joints(NOW, JOINTS, (1.0, 2.0, 3.0))
+    error = refusal(inbox)
+    assert (error.code, error.field) == (code, absent)
+    if absent != 'instruction':
+        assert inbox.age_s(NOW)[absent] == INF
+
+
+@pytest.mark.parametrize('sign', [1, -1])
+@pytest.mark.parametrize(
+    ('name', 'limit', 'code'),
+    [
+        ('cameras/wrist', 0.5, 'camera_stale'),
+        ('cameras/side', 0.5, 'camera_stale'),
+        ('joint_states', 0.2, 'joint_stale'),
+    ],
+)
+def test_stale_and_future_stamps(name, limit, code, sign):
+    def at_age(age_s: float) -> Inbox:
+        inbox, stamp = full_inbox(), NOW - round(sign * age_s * NS)
+        if name == 'joint_states':
+            inbox.put_joints(stamp, JOINTS, (1.0, 2.0, 3.0))
+        else:
+            inbox.put_image(name.removeprefix('cameras/'), stamp, picture())
+        return inbox
+
+    assert at_age(limit).observation(NOW).instruction
+    error = refusal(at_age(limit + 0.01))
+    assert (error.code, error.field) == (code, name)
+    assert f'{sign * (limit + 0.01):.3f}' in str(error)
+    assert f'{limit:g}' in str(error)
+    assert at_age(limit + 0.01).age_s(NOW)[name] == pytest.approx(sign * (limit + 0.01))
+
+
+@given(st.lists(st.integers(0, NS // 5), min_size=3, max_size=3))
+def test_stamp_is_the_oldest(ages):
+    inbox, stamps = full_inbox(), [NOW - age for age in ages]
+    inbox.put_image('wrist', stamps[0], picture())
+    inbox.put_image('side', stamps[1], picture())
+    inbox.put_joints(stamps[2], JOINTS, (1.0, 2.0, 3.0))
+    observation = inbox.observation(NOW)
+    assert observation.stamp_ns == min(stamps)
+    assert observation.image_stamps_ns == {'wrist': stamps[0], 'side': stamps[1]}
+
+
+def test_inputs_that_the_robot_does_not_have_do_not_matter():
+    """Bug: an unused camera or joint state dated the observation, or made it stale."""
+    inbox = make_inbox(joints=())
+    inbox.put_instruction('go')
+    inbox.put_joints(NOW - 100 * NS, ('wheel',), (1.0,))
+    for camera in ('wrist', 'side'):
+        inbox.put_image(camera, NOW, picture())
+    assert inbox.observation(NOW).stamp_ns == NOW
+    inbox.put_image('ceiling', NOW - 100 * NS, picture())
+    assert inbox.observation(NOW).stamp_ns == NOW
+
+
+# Any sequence ----------------------------------------------------------------------------------
+
+GOOD = st.tuples(st.sampled_from(['wrist', 'side', 'joints', 'instruction']), st.just(True))
+BAD = st.tuples(st.sampled_from(['wrist', 'side', 'joints', 'instruction']), st.just(False))
+
+
+def put(inbox: Inbox, kind: str, number: int, good: bool) -> None:
+    """Put the n-th value of a sequence, as the node's callbacks do."""
+    stamp = NOW + number
+    if kind == 'joints':
+        last = float(number) if good else NAN
+        inbox.put_joints(stamp, JOINTS, (0.0, 0.0, last))
+    elif kind == 'instruction':
+        inbox.put_instruction(f'task {number}' if good else ' ')
+    else:
+        data = bytes([number % 256] * 12) if good else b'short'
+        inbox.put_image(kind, stamp, RawImage(f'cameras/{kind}', 'rgb8', 2, 2, 6, data))
+
+
+@given(st.lists(GOOD | BAD, max_size=30))
+def test_any_sequence_leaves_the_newest_good_values(puts):
+    inbox = full_inbox()
+    newest = {}
+    for number, (kind, good) in enumerate(puts, start=1):
+        if good:
+            put(inbox, kind, number, good)
+            newest[kind] = number
+        else:
+            with pytest.raises(ObservationError):
+                put(inbox, kind, number, good)
+    observation = inbox.observation(NOW)
+    for camera, first in (('wrist', 1), ('side', 2)):
+        image, number = observation.images[camera], newest.get(camera)
+        pixels = image if number is None else image.rgb()
+        assert pixels[0, 0, 0] == (first if number is None else number)
+        assert observation.image_stamps_ns[camera] == NOW + (number or 0)
+    assert observation.proprio[2] == newest.get('joints', 0.3)
+    expected = f'task {newest["instruction"]}' if 'instruction' in newest else 'pick up the soup'
+    assert observation.instruction == expected

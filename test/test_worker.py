@@ -1,0 +1,430 @@
+"""The inference thread with a policy of our own making, and what `/diagnostics` counts."""
+
+import threading
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from specprune_ros import health as health_module
+from specprune_ros.config import PruneConfig, RobotConfig, RuntimeConfig
+from specprune_ros.errors import ActionError, ConfigError, ObservationError
+from specprune_ros.health import REPEAT_S, Health
+from specprune_ros.inbox import Inbox
+from specprune_ros.types import Mode, PruneReport
+from specprune_ros.worker import MAX_STEPS, InferenceWorker, Job
+
+SOON = 5.0  # seconds within which a thread surely did what it was told
+ABSENT = 0.05  # seconds after which what did not happen will not
+
+
+class FakePolicy:
+    """Writes down its calls; `infer` waits while `gate` is closed, and raises what it is given."""
+
+    def __init__(self):
+        self.calls: list[tuple[str, object]] = []
+        self.gate = threading.Event()
+        self.gate.set()
+        self.started = threading.Semaphore(0)
+
+    def infer(self, observation):
+        self.calls.append(('infer', observation))
+        self.started.release()
+        assert self.gate.wait(SOON)
+        if isinstance(observation, Exception):
+            raise observation
+        return f'result of {observation}'
+
+    def observe_executed(self, action, images):
+        self.calls.append(('step', action))
+        if isinstance(action, Exception):
+            raise action
+
+    def set_pruning(self, pruning):
+        self.calls.append(('pruning', pruning))
+        if isinstance(pruning, Exception):
+            raise pruning
+
+    def reset(self):
+        self.calls.append(('reset', None))
+
+
+class Bench:
+    """A worker, and everything it handed out."""
+
+    def __init__(self):
+        self.policy = FakePolicy()
+        self.results: list[tuple[int, object]] = []
+        self.errors: list[Exception] = []
+        self._came = threading.Semaphore(0)
+        self.worker = InferenceWorker(self.policy, self._on_result, self._on_error)
+
+    def _on_result(self, job, result):
+        self.results.append((job.ticket, result))
+        self._came.release()
+        if result == 'result of poison':
+            raise RuntimeError('the publisher broke')
+
+    def _on_error(self, error):
+        self.errors.append(error)
+        self._came.release()
+
+    def submit(self, ticket: int, observation: object = 'scene') -> None:
+        self.worker.submit(Job(ticket, observation))
+
+    def hold(self, ticket: int) -> None:
+        """Make the worker busy with one job until the gate opens."""
+        self.policy.gate.clear()
+        self.submit(ticket)
+        assert self.policy.started.acquire(timeout=SOON)
+
+    def wait(self, count: int = 1) -> None:
+        """Until so many results or errors came."""
+        for _ in range(count):
+            assert self._came.acquire(timeout=SOON)
+
+    def nothing_more(self) -> bool:
+        return not self._came.acquire(timeout=ABSENT)
+
+
+@pytest.fixture
+def bench():
+    bench = Bench()
+    yield bench
+    bench.policy.gate.set()
+    assert bench.worker.stop(SOON)
+
+
+def calls(bench: Bench, *kinds: str) -> list:
+    return [call for call in bench.policy.calls if not kinds or call[0] in kinds]
+
+
+# Jobs ------------------------------------------------------------------------------------------
+
+
+def test_result_comes_with_its_job(bench):
+    bench.submit(7, 'kitchen')
+    bench.wait()
+    assert bench.results == [(7, 'result of kitchen')]
+    assert bench.errors == []
+
+
+def test_latest_observation_wins_while_busy(bench):
+    bench.hold(1)
+    for ticket in (2, 3, 4):
+        bench.submit(ticket)
+    bench.policy.gate.set()
+    bench.wait(2)
+    assert [ticket for ticket, _ in bench.results] == [1, 4]
+    assert bench.nothing_more()
+
+
+def test_submitting_never_waits(bench):
+    bench.hold(1)
+    before = time.monotonic()
+    for ticket in range(100):
+        bench.submit(ticket)
+        bench.worker.observe('step', {})
+        bench.worker.reset()
+    assert time.monotonic() - before < 1.0
+
+
+def test_an_exception_is_handed_over_and_the_thread_goes_on(bench):
+    faults = [RuntimeError('out of memory'), ActionError('not finite'), ZeroDivisionError()]
+    for ticket, fault in enumerate(faults):
+        bench.submit(ticket, fault)
+        bench.wait()
+    assert bench.errors == faults
+    bench.submit(9)
+    bench.wait()
+    assert [ticket for ticket, _ in bench.results] == [9]
+
+
+def test_a_callback_that_fails_is_handed_over_too(bench):
+    bench.submit(1, 'poison')
+    bench.wait(2)
+    assert [str(error) for error in bench.errors] == ['the publisher broke']
+    bench.submit(2)
+    bench.wait()
+    assert [ticket for ticket, _ in bench.results] == [1, 2]
+
+
+# Steps, pruning, reset -------------------------------------------------------------------------
+
+
+def test_steps_come_in_order_before_the_query(bench):
+    for step in range(5):
+        bench.worker.observe(step, {})
+    assert bench.nothing_more()
+    bench.submit(1, 'first')
+    bench.wait()
+    bench.worker.observe(5, {})
+    bench.submit(2, 'second')
+    bench.wait()
+    assert calls(bench) == [
+        *(('step', step) for step in range(5)),
+        ('infer', 'first'),
+        ('step', 5),
+        ('infer', 'second'),
+    ]
+
+
+def test_steps_during_a_query_wait_for_the_next(bench):
+    bench.hold(1)
+    bench.worker.observe('moved', {})
+    bench.policy.gate.set()
+    bench.wait()
+    assert calls(bench, 'step') == []
+    bench.submit(2)
+    bench.wait()
+    assert calls(bench) == [('infer', 'scene'), ('step', 'moved'), ('infer', 'scene')]
+
+
+def test_a_bad_step_costs_neither_the_others_nor_the_query(bench):
+    bad = ObservationError('action_not_finite', 'executed_action.data', [1.0], 'must be finite')
+    for step in ('first', bad, 'last'):
+        bench.worker.observe(step, {})
+    bench.submit(1)
+    bench.wait(2)
+    assert bench.errors == [bad]
+    assert [step for _, step in calls(bench, 'step')] == ['first', bad, 'last']
+    assert len(bench.results) == 1
+
+
+def test_the_newest_steps_are_kept(bench):
+    for step in range(MAX_STEPS + 30):
+        bench.worker.observe(step, {})
+    bench.submit(1)
+    bench.wait()
+    assert [step for _, step in calls(bench, 'step')] == list(range(30, MAX_STEPS + 30))
+
+
+def test_reset_clears_what_waits(bench):
+    bench.hold(1)
+    bench.worker.observe('old', {})
+    bench.submit(2)
+    bench.worker.reset()
+    bench.policy.gate.set()
+    bench.wait()
+    assert bench.nothing_more()
+    bench.worker.observe('new', {})
+    bench.submit(3)
+    bench.wait()
+    assert [ticket for ticket, _ in bench.results] == [1, 3]
+    assert calls(bench) == [
+        ('infer', 'scene'),
+        ('reset', None),
+        ('step', 'new'),
+        ('infer', 'scene'),
+    ]
+
+
+def test_pruning_changes_before_the_next_query_and_once(bench):
+    first, last = PruneConfig(alpha=0.5), PruneConfig(alpha=0.6)
+    bench.worker.set_pruning(first)
+    bench.worker.set_pruning(last)
+    for ticket in (1, 2):
+        bench.submit(ticket)
+        bench.wait()
+    assert calls(bench) == [('pruning', last), ('infer', 'scene'), ('infer', 'scene')]
+
+
+def test_pruning_that_the_policy_refuses_is_an_error_and_no_end(bench):
+    bench.worker.set_pruning(ConfigError('pruning.method', 'fastest', 'unknown'))
+    bench.submit(1)
+    bench.wait()
+    assert isinstance(bench.errors[0], ConfigError)
+    bench.submit(2)
+    bench.wait()
+    assert bench.results[-1][0] == 2
+
+
+# Stop ------------------------------------------------------------------------------------------
+
+
+def test_stop_while_idle():
+    bench = Bench()
+    before = time.monotonic()
+    assert bench.worker.stop(SOON) is True
+    assert time.monotonic() - before < 1.0
+    assert bench.worker.stop(SOON) is True
+
+
+def test_stop_gives_up_on_an_inference_that_hangs():
+    bench = Bench()
+    bench.hold(1)
+    before = time.monotonic()
+    assert bench.worker.stop(0.1) is False
+    assert 0.09 < time.monotonic() - before < 2.0
+    bench.policy.gate.set()
+    assert bench.worker.stop(SOON) is True
+
+
+def test_stop_waits_for_an_inference_that_ends():
+    bench = Bench()
+    bench.hold(1)
+    threading.Timer(0.05, bench.policy.gate.set).start()
+    assert bench.worker.stop(SOON) is True
+
+
+def test_nothing_is_published_after_stop():
+    bench = Bench()
+    bench.hold(1)
+    bench.submit(2)
+    assert bench.worker.stop(0.0) is False
+    bench.submit(3)
+    bench.policy.gate.set()
+    assert bench.worker.stop(SOON) is True
+    bench.submit(4)
+    assert bench.nothing_more()
+    assert bench.results == []
+    assert len(calls(bench, 'infer')) == 1
+
+
+# Health ----------------------------------------------------------------------------------------
+
+
+class Clock:
+    """Stands in for the module `time`."""
+
+    def __init__(self):
+        self.now = 100.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(health_module, 'time', clock)
+    return clock
+
+
+def result(mode: Mode = Mode.COARSE, latency_s: float = 0.1, **changes) -> SimpleNamespace:
+    counts = {'tokens_total': (100, 100), 'tokens_static': (30, 40), 'tokens_kept': (20, 20)}
+    report = PruneReport(
+        stamp_ns=0,
+        chunk_id=1,
+        epoch=1,
+        method='specprune',
+        budget='union',
+        alpha=0.8,
+        mode=mode,
+        mode_reason='v_t 0.90',
+        cameras=('wrist', 'side'),
+        latency_total_s=latency_s,
+        recall=changes.pop('recall', np.array([0.5, 0.7])),
+        **{name: np.array(values, np.uint32) for name, values in counts.items()},
+        **changes,
+    )
+    return SimpleNamespace(report=report)
+
+
+def test_faults_are_counted_by_code(clock):
+    health = Health()
+    for code, message in (('stale', 'a'), ('stale', 'b'), ('empty', 'c')):
+        health.fault(code, message)
+    assert health.faults() == ({'stale': 2, 'empty': 1}, {'stale': 'b', 'empty': 'c'}, 3)
+    assert health.faults()[2] == 0
+    health.fault('stale', 'd')
+    assert health.faults() == ({'stale': 3, 'empty': 1}, {'stale': 'd', 'empty': 'c'}, 1)
+
+
+def test_the_same_fault_is_logged_now_and_then(clock):
+    health, logged = Health(), []
+    for _ in range(40):  # 20 s, twice a second
+        logged.append(health.fault('stale', 'the same'))
+        clock.now += 0.5
+    assert logged[0]
+    assert sum(logged) == round(20 / REPEAT_S)
+    assert health.faults()[0] == {'stale': 40}
+
+
+def test_another_fault_is_logged_at_once(clock):
+    health = Health()
+    assert health.fault('stale', 'wrist')
+    assert not health.fault('stale', 'wrist')
+    assert health.fault('empty', 'wrist')
+    assert health.fault('stale', 'side')
+
+
+def test_a_stale_camera_does_not_flood_the_log(clock):
+    """Bug: the message holds the age, so that every tick had a new one and was logged."""
+    inbox = Inbox(RobotConfig(camera_names=('wrist',)), RuntimeConfig())
+    inbox.put_instruction('go')
+    inbox.put_image('wrist', 0, np.zeros((4, 4, 3), np.uint8))
+    health, logged = Health(), 0
+    for tick in range(10):
+        clock.now += 0.05
+        with pytest.raises(ObservationError) as caught:
+            inbox.observation(1_000_000_000 + tick * 50_000_000)
+        logged += health.fault(caught.value.code, str(caught.value))
+    assert logged == 1
+
+
+def test_counts_of_many_threads(clock):
+    health = Health()
+
+    def work():
+        for _ in range(500):
+            health.fault('stale', 'x')
+            health.inferred(result())
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(SOON)
+    assert health.faults()[0] == {'stale': 2000}
+    assert health.inference()['queries'] == '2000'
+
+
+def test_figures_before_the_first_query():
+    health = Health()
+    assert health.inference() == {'queries': '0', 'discarded': '0'}
+    assert health.pruning() == {}
+    assert health.faults() == ({}, {}, 0)
+
+
+def test_figures_of_inference():
+    health = Health()
+    for latency_ms in range(1, 101):
+        health.inferred(result(latency_s=latency_ms / 1e3))
+    health.discarded()
+    figures = health.inference()
+    assert (figures['queries'], figures['discarded']) == ('100', '1')
+    assert float(figures['latency p50 ms']) == pytest.approx(50.5, abs=0.1)
+    assert float(figures['latency p95 ms']) == pytest.approx(95, abs=0.2)
+
+
+def test_latency_forgets_long_ago():
+    health = Health()
+    for latency_s in [9.0] * 50 + [0.01] * 500:
+        health.inferred(result(latency_s=latency_s))
+    assert float(health.inference()['latency p95 ms']) == pytest.approx(10)
+
+
+def test_figures_of_pruning():
+    health = Health()
+    for mode in (Mode.DENSE, Mode.COARSE, Mode.COARSE, Mode.FINE):
+        health.inferred(result(mode))
+    figures = health.pruning()
+    assert figures['queries dense'] == '1'
+    assert figures['queries coarse'] == '2'
+    assert (figures['mode'], figures['mode reason']) == ('fine', 'v_t 0.90')
+    assert float(figures['kept after static']) == pytest.approx(0.35)
+    assert float(figures['kept after layers']) == pytest.approx(0.2)
+    assert float(figures['recall']) == pytest.approx(0.6)
+    assert 'fallback reason' not in figures
+
+
+def test_unknown_recall_is_left_out_and_a_fallback_named():
+    health = Health()
+    unknown = np.full(2, np.nan)
+    health.inferred(result(Mode.FALLBACK, recall=unknown, fallback_reason='broke'))
+    figures = health.pruning()
+    assert 'recall' not in figures
+    assert figures['fallback reason'] == 'broke'
+    assert figures['queries fallback'] == '1'
