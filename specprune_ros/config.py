@@ -1,24 +1,17 @@
-"""Configuration: frozen dataclasses, one per axis, and the YAML files that fill them.
+"""Configuration: frozen dataclasses, one per axis.
 
 A field's metadata (meaning, unit, range) is the only description of a parameter: it validates the
-YAML here, and it becomes the ROS parameter's descriptor in `ros/params.py`. The YAML files are
-ROS parameter files (`/**: ros__parameters:`), so that the library, the command line and the node
-read the same ones.
+value here, and it becomes the ROS parameter's descriptor in `ros/params.py`. `config_files.py`
+fills the dataclasses.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
-import os
-import sys
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-
-import yaml
 
 from specprune_ros.errors import ConfigError
 from specprune_ros.types import ActionSpace
@@ -323,121 +316,3 @@ def _check_element(name: str, value: object, kind: type, limits: Mapping) -> Non
         high = math.inf if limits['high'] is None else limits['high']
         if not low <= value <= high:
             raise ConfigError(name, value, f'must lie in [{low:g}, {high:g}]')
-
-
-def from_mapping(values: Mapping[str, object], base: PolicyConfig | None = None) -> PolicyConfig:
-    """Build the configuration from flat names such as `pruning.alpha`.
-
-    Args:
-        values: parameter name -> value; lists become tuples, and the empty strings in them go
-            (a ROS parameter file cannot hold an empty list, `['']` stands for it).
-        base: what holds for parameters that `values` leaves out.
-
-    Raises:
-        ConfigError: an unknown name (the message proposes the nearest one), or a bad value.
-    """
-    base = base or PolicyConfig()
-    changes: dict[str, dict[str, object]] = {axis: {} for axis in AXES}
-    known = parameter_names()
-    for name, value in values.items():
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f', did you mean {near[0]!r}?' if near else ''
-            raise ConfigError(name, value, f'unknown parameter{hint}')
-        axis, _, key = name.partition('.')
-        kind = AXES[axis].__dataclass_fields__[key].type
-        if isinstance(value, (list, tuple)):
-            value = tuple(_plain(element, kind) for element in value if element != '')
-        changes[axis][key] = _plain(value, kind)
-    axes = {name: dataclasses.replace(getattr(base, name), **changes[name]) for name in AXES}
-    return PolicyConfig(**axes)
-
-
-def _plain(value: object, kind: str) -> object:
-    """YAML's 1 for a float parameter is 1.0."""
-    return float(value) if 'float' in kind and type(value) is int else value
-
-
-def parameter_names() -> list[str]:
-    """All parameter names, `axis.field`."""
-    return [
-        f'{axis}.{spec.name}' for axis, cls in AXES.items() for spec in dataclasses.fields(cls)
-    ]
-
-
-def load_config(
-    files: Iterable[str | Path] = (), overrides: Mapping[str, object] | None = None
-) -> PolicyConfig:
-    """Read parameter files, later ones first in rank, then apply overrides.
-
-    Args:
-        files: paths, or `axis/name` of a file that ships in config/, e.g. `robots/libero_franka`.
-        overrides: flat names -> values.
-
-    Raises:
-        ConfigError: a file is missing or malformed, a name unknown, a value bad.
-    """
-    values: dict[str, object] = {}
-    for name in files:
-        values.update(read_parameter_file(find_config(name)))
-    values.update(overrides or {})
-    return from_mapping(values)
-
-
-def read_parameter_file(path: Path) -> dict[str, object]:
-    """Flat names -> values of one ROS parameter file.
-
-    Raises:
-        ConfigError: not YAML, or not of the form `/**: ros__parameters: ...`.
-    """
-    try:
-        tree = yaml.safe_load(path.read_text())
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        reason = ' '.join(str(error).split())
-        raise ConfigError('params_file', str(path), f'cannot be read: {reason}') from error
-    try:
-        sections = [section['ros__parameters'] for section in tree.values()]
-    except (AttributeError, KeyError, TypeError):
-        sections = []
-    if not sections or not all(isinstance(section, dict) for section in sections):
-        raise ConfigError(
-            'params_file', str(path), "must look like '/**: {ros__parameters: {...}}'"
-        )
-    flat: dict[str, object] = {}
-    for section in sections:  # '/**' and a node's own, in the file's order
-        _flatten('', section, flat)
-    return flat
-
-
-def _flatten(prefix: str, tree: Mapping, flat: dict[str, object]) -> None:
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            _flatten(f'{prefix}{key}.', value, flat)
-        else:
-            flat[f'{prefix}{key}'] = value
-
-
-def find_config(name: str | Path) -> Path:
-    """The path of a parameter file: as given, or one that ships with the package.
-
-    Raises:
-        ConfigError: neither exists; the message lists where it looked.
-    """
-    path = Path(name)
-    if path.is_file():
-        return path
-    roots = config_roots()
-    for root in roots:
-        for candidate in (root / path, root / f'{path}.yaml'):
-            if candidate.is_file():
-                return candidate
-    raise ConfigError('params_file', str(name), f'no such file, nor in {[str(r) for r in roots]}')
-
-
-def config_roots() -> list[Path]:
-    """Folders that may hold the shipped config/: the checkout's, then the installed ones."""
-    prefixes = [Path(p) for p in os.environ.get('AMENT_PREFIX_PATH', '').split(os.pathsep) if p]
-    checkout = Path(__file__).resolve().parent.parent
-    roots = [checkout / 'config'] if (checkout / 'package.xml').is_file() else []
-    roots += [p / 'share' / 'specprune_ros' / 'config' for p in (*prefixes, Path(sys.prefix))]
-    return [root for root in roots if root.is_dir()]

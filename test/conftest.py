@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from specprune_ros.config import from_mapping
+from specprune_ros.config_files import from_mapping
 from specprune_ros.policy import Policy
 from specprune_ros.types import ExecutedAction, Observation
 

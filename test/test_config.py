@@ -10,16 +10,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from specprune_ros.config import (
-    AXES,
-    PolicyConfig,
-    PruneConfig,
-    RobotConfig,
-    find_config,
-    from_mapping,
-    load_config,
-    parameter_names,
-)
+from specprune_ros.config import AXES, PolicyConfig, PruneConfig, RobotConfig
+from specprune_ros.config_files import find_config, from_mapping, load_config, parameter_names
 from specprune_ros.errors import ConfigError
 
 CONFIG = Path(__file__).parent.parent / 'config'

@@ -6,9 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaModel, Qwen2Config, Qwen2Model
 
+from specprune_ros.config import PruneConfig
 from specprune_ros.errors import PruningError
 from specprune_ros.models.decoder import Decoder, decode
 from specprune_ros.pruning.base import PruneRun, QueryContext
+from specprune_ros.pruning.specprune import Memory, SpecPrune
 from specprune_ros.token_layout import Span, TokenLayout
 
 LAYERS, PATCHES = 5, 16
@@ -171,9 +173,6 @@ def test_layout_rejects_parts_that_overlap():
 @pytest.mark.parametrize('first', [True, False])
 def test_fixed_budget_needs_nothing_from_the_device(first):
     """On the meta device whatever reads data back (.item(), nonzero, a boolean mask) raises."""
-    from specprune_ros.config import PruneConfig
-    from specprune_ros.pruning.specprune import Memory, SpecPrune
-
     model = make_model('llama').to('meta')
     shape = (2, PATCHES)
     memory = Memory(torch.zeros(shape, device='meta'), torch.zeros(LAYERS, device='meta'))

@@ -101,7 +101,7 @@ def test_policy_runs_without_ros():
         without(ROS)
         + """
 import numpy as np
-from specprune_ros.config import from_mapping
+from specprune_ros.config_files import from_mapping
 from specprune_ros.policy import Policy
 from specprune_ros.types import Observation
 policy = Policy.load(from_mapping({'robot.camera_names': ['side'], 'model.threads': 1}))

@@ -13,7 +13,7 @@ from ros_world import CAMERAS, FAST_NODE, NodeProcess, World, ros_domain  # noqa
 from sensor_msgs.msg import Image  # noqa: E402
 from std_msgs.msg import String  # noqa: E402
 
-from specprune_ros.config import parameter_names  # noqa: E402
+from specprune_ros.config_files import parameter_names  # noqa: E402
 from specprune_ros.ros import conversions  # noqa: E402
 from specprune_ros.types import Mode  # noqa: E402
 

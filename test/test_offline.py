@@ -12,7 +12,7 @@ import pytest
 from conftest import DATA, make_action, make_policy
 
 from specprune_ros.cli import main
-from specprune_ros.config import from_mapping, load_config
+from specprune_ros.config_files import from_mapping, load_config
 from specprune_ros.errors import ObservationError, RecordingError
 from specprune_ros.offline import control_steps, fit_robot, run_recording
 from specprune_ros.policy import Policy

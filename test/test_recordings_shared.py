@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import DATA
 
-from specprune_ros.config import from_mapping
+from specprune_ros.config_files import from_mapping
 from specprune_ros.offline import fit_robot, run_recording
 from specprune_ros.policy import Policy
 from specprune_ros.recordings import open_recording

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import yaml
 
-from specprune_ros.config import PolicyConfig, load_config
+from specprune_ros.config import PolicyConfig
+from specprune_ros.config_files import load_config
 from specprune_ros.errors import ConfigError
 
 if TYPE_CHECKING:  # at run time this would bring OpenCV, which bench runs without

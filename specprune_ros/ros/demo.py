@@ -23,7 +23,8 @@ from rich.console import Console
 from rich.progress import Progress
 from sensor_msgs.msg import Image
 
-from specprune_ros.config import AXES, PolicyConfig, load_config
+from specprune_ros.config import AXES, PolicyConfig
+from specprune_ros.config_files import load_config
 from specprune_ros.errors import SpecPruneError
 from specprune_ros.msg import ActionChunk, PruningDiagnostics
 from specprune_ros.offline import fit_robot

@@ -11,7 +11,8 @@ from rclpy.exceptions import ParameterException
 from rclpy.node import Node
 from rclpy.parameter import Parameter
 
-from specprune_ros.config import AXES, PolicyConfig, from_mapping, parameter_names
+from specprune_ros.config import AXES, PolicyConfig
+from specprune_ros.config_files import from_mapping, parameter_names
 
 INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
 
@@ -79,7 +80,7 @@ class Parameters:
 
     def _declare(self, name: str, default: object, spec: dataclasses.Field) -> None:
         value = list(default) if isinstance(default, tuple) else default
-        # An empty list has no type: [''] stands for it, config.from_mapping drops the ''.
+        # An empty list has no type: [''] stands for it, config_files.from_mapping drops the ''.
         value = [''] if value == [] else value
         descriptor = describe(spec)
         try:
