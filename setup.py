@@ -40,7 +40,6 @@ setup(
         'pyyaml',
         'rich',
         'rosbags>=0.11',
-        'safetensors',
     ],
     extras_require={
         'model': ['transformers>=4.50'],

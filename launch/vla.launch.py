@@ -24,20 +24,21 @@ from launch_ros.events.lifecycle import ChangeState
 from lifecycle_msgs.msg import Transition
 
 from launch import LaunchContext, LaunchDescription
+from specprune_ros.config_files import load_config
 
 SHARE = get_package_share_directory('specprune_ros')
 ARGUMENTS = {
     'robot': ('libero_franka', 'a file of config/robots, or a path'),
     'model': ('tiny', 'a file of config/models, or a path'),
     'pruning': ('specprune', 'a file of config/pruning, or a path'),
-    'params_file': ('', 'a parameter file over all others'),
+    'params_file': ('', 'a parameter file that outranks the robot, model and pruning files'),
     'cameras': ('', "camera names, e.g. 'wrist,side'; empty: the robot file's"),
     'transport': ('', "raw or compressed, for all cameras; empty: the robot file's"),
     'namespace': ('', 'namespace of all nodes'),
     'use_sim_time': ('false', 'take time from /clock'),
     'log_level': ('info', 'debug, info, warn or error'),
     'autostart': ('true', 'configure and activate at once'),
-    'dry_run': ('true', 'mark every chunk as not to be executed'),
+    'dry_run': ('', 'true or false: mark chunks as not to be executed; empty: as the files say'),
     'recording': ('', 'replay this recording as well'),
     'rate': ('1.0', 'speed of the replay'),
     'loop': ('true', 'replay again and again'),
@@ -80,10 +81,9 @@ def setup(context: LaunchContext) -> list:
     files = [config_file(f'{axis}s', value[axis]) for axis in ('robot', 'model')]
     files += [config_file('pruning', value['pruning']), os.path.join(SHARE, 'config', 'node.yaml')]
     files += [value['params_file']] if value['params_file'] else []
-    overrides = {
-        'use_sim_time': value['use_sim_time'].lower() == 'true',
-        'runtime.dry_run': value['dry_run'].lower() != 'false',
-    }
+    overrides = {}
+    if value['dry_run']:
+        overrides['runtime.dry_run'] = value['dry_run'].lower() != 'false'
     if value['cameras']:
         overrides['robot.camera_names'] = [name.strip() for name in value['cameras'].split(',')]
     if value['transport']:
@@ -93,7 +93,7 @@ def setup(context: LaunchContext) -> list:
         executable='vla_node',
         name='vla_node',
         namespace=value['namespace'],
-        parameters=[*files, overrides],
+        parameters=[*files, overrides, {'use_sim_time': value['use_sim_time'].lower() == 'true'}],
         ros_arguments=['--log-level', value['log_level']],
         output='screen',
     )
@@ -103,7 +103,7 @@ def setup(context: LaunchContext) -> list:
         replay = os.path.join(SHARE, 'launch', 'replay.launch.py')
         names = ('recording', 'rate', 'loop', 'namespace', 'use_sim_time', 'log_level')
         arguments = {name: value[name] for name in names}
-        arguments['transport'] = value['transport'] or 'raw'
+        arguments['transport'] = load_config(files, overrides).robot.camera_transports[0]
         actions.append(
             IncludeLaunchDescription(
                 PythonLaunchDescriptionSource(replay), launch_arguments=arguments.items()

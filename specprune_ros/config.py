@@ -216,6 +216,7 @@ class PruneConfig:
         0.9, 'gamma: share of visual tokens that a prune layer keeps', low=0.05, high=1.0, unit='1'
     )
     rank_slope: float = setting(0.1, 'k of the rank weight sigma(-k rank), Eq. 6', low=1e-6)
+    rank_base: int = setting(0, 'rank of the best token in Eq. 6', low=0, high=1)
     ema_rate: float = setting(0.2, 'beta, update rate of the scores, Eq. 9', low=0.0, high=1.0)
     translation_threshold: float = setting(
         0.5, 'v_t below which motion can be fine', low=0.0, unit='1', live=True

@@ -10,7 +10,8 @@ import numpy as np
 
 from specprune_ros.errors import ObservationError
 from specprune_ros.images import CameraImage
-from specprune_ros.pruning.motion import MAX_REFERENCE_AGE, Motion
+from specprune_ros.pruning.motion import Motion
+from specprune_ros.types import FRAMES_KEPT
 
 Preprocess = Callable[[np.ndarray | CameraImage], np.ndarray]
 
@@ -29,7 +30,7 @@ class FrameHistory:
     them: of twelve frames usually one is.
     """
 
-    def __init__(self, depth: int = MAX_REFERENCE_AGE + 1):
+    def __init__(self, depth: int = FRAMES_KEPT):
         self._frames: deque[_Frame] = deque(maxlen=depth)
 
     def push(

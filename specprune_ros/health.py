@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import threading
 import time
 from collections import Counter, deque
@@ -12,7 +11,6 @@ import numpy as np
 from specprune_ros.types import Mode, PolicyResult, PruneReport
 
 LATENCY_WINDOW = 200  # queries over which percentiles are taken
-NUMBER = re.compile(r'\d+(\.\d+)?')
 KINDS_KEPT = 1000  # kinds of fault whose last logging is remembered
 REPEAT_S = 5.0  # the same kind of error is logged at most this often
 
@@ -36,11 +34,11 @@ class Health:
         """Count a fault.
 
         Returns:
-            True when it should be logged: its message, numbers aside, was not logged lately.
+            True when it should be logged: none of this code and field was logged lately.
         """
         now = time.monotonic()
-        # 'cameras/wrist = 0.61 s old' and '... 0.71 s old' are the same to whoever reads the log.
-        kind = (code, NUMBER.sub('#', message))
+        # "cameras/wrist = '0.61 s old'" and "... '0.71 s old'" are the same to who reads the log.
+        kind = (code, message.partition(' = ')[0])
         with self._lock:
             self._faults[code] += 1
             self._since_last_look += 1

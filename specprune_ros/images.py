@@ -39,6 +39,9 @@ _BYTES = {
     **{name: 1 for name in _CONVERSIONS if name.startswith('bayer')},
     **dict.fromkeys(_HALVED, 2),
 }
+# how a file begins -> how it ends
+END_MARKERS = {b'\xff\xd8\xff': b'\xff\xd9', b'\x89PNG': b'IEND\xaeB`\x82'}
+TAIL_BYTES = 4096  # in which the end must lie; some cameras pad with zeros
 ENCODINGS = tuple(sorted(_BYTES))
 
 
@@ -137,7 +140,9 @@ class CompressedImage:
     def rgb(self) -> np.ndarray:
         """[rows, cols, 3] uint8."""
         cv2 = _opencv()
-        image = cv2.imdecode(np.frombuffer(self.data, np.uint8), cv2.IMREAD_COLOR)
+        image = None
+        if self._is_whole():
+            image = cv2.imdecode(np.frombuffer(self.data, np.uint8), cv2.IMREAD_COLOR)
         if image is None:
             raise ObservationError(
                 'image_truncated',
@@ -146,6 +151,14 @@ class CompressedImage:
                 'does not decode',
             )
         return cv2.cvtColor(image, cv2.COLOR_BGR2RGB, dst=image)
+
+    def _is_whole(self) -> bool:
+        """Whether a JPEG or PNG has its end: OpenCV 4 fills the rest of a cut one with grey."""
+        data = memoryview(self.data).cast('B')
+        for start, end in END_MARKERS.items():
+            if bytes(data[: len(start)]) == start:
+                return bytes(data[-TAIL_BYTES:]).rstrip(b'\0').endswith(end)
+        return True
 
 
 def _opencv():

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from specprune_ros.checks import check_instruction
 from specprune_ros.config import RobotConfig, RuntimeConfig
 from specprune_ros.errors import ObservationError
 from specprune_ros.images import CameraImage
@@ -38,6 +39,11 @@ class Inbox:
         self._images: dict[str, tuple[int, np.ndarray | CameraImage]] = {}
         self._joints: tuple[int, np.ndarray] | None = None
         self._instruction: str | None = None
+
+    @property
+    def has_task(self) -> bool:
+        """Whether an instruction came."""
+        return self._instruction is not None
 
     @property
     def images(self) -> Mapping[str, np.ndarray | CameraImage]:
@@ -84,13 +90,12 @@ class Inbox:
         Raises:
             ObservationError: it is empty; the former one stays.
         """
-        if not text.strip():
-            raise ObservationError('instruction_empty', 'instruction', text, 'must say a task')
+        check_instruction(text)
         former, self._instruction = self._instruction, text.strip()
         return former != self._instruction
 
     def forget_inputs(self) -> None:
-        """Drop images and joint state (stopped, or time went back); the instruction stays."""
+        """Drop images and joint state, as when the node stops; the instruction stays."""
         self._images.clear()
         self._joints = None
 

@@ -7,10 +7,8 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from specprune_ros.config import PolicyConfig
-from specprune_ros.errors import ObservationError, RecordingError
+from specprune_ros.errors import ActionError, ObservationError, RecordingError, SpecPruneError
 from specprune_ros.inbox import Inbox
 from specprune_ros.recordings.base import (
     CameraEvent,
@@ -25,32 +23,40 @@ if TYPE_CHECKING:
     from specprune_ros.policy import Policy
 
 
+MAX_CAMERAS = 4  # as many as any model here takes
+
+
 def fit_robot(config: PolicyConfig, recording: Recording) -> PolicyConfig:
     """The configuration with the cameras and joints that a recording has.
 
     Where all configured cameras were recorded, they are it; else those that were, in the
-    configured order, then the recording's other ones. Joints: the configured ones if all were
-    recorded, else the recorded ones.
+    configured order, then the recording's other ones, MAX_CAMERAS in all. Joints: the configured
+    ones if they were recorded, the recorded ones if none was.
+
+    Raises:
+        RecordingError: some configured joints were recorded and some were not.
     """
     robot = config.robot
     cameras = [name for name in robot.camera_names if name in recording.cameras]
     if len(cameras) < len(robot.camera_names):
         cameras += [name for name in recording.cameras if name not in cameras]
-    joints = [name for name in robot.joint_names if name in recording.joint_names]
-    joints = joints if len(joints) == len(robot.joint_names) else []
+    missing = [name for name in robot.joint_names if name not in recording.joint_names]
+    if missing and len(missing) < len(robot.joint_names):
+        raise RecordingError(recording.path, f'lacks the joints {missing} of the robot')
+    joints = recording.joint_names if missing else robot.joint_names or recording.joint_names
     fitted = dataclasses.replace(
         robot,
-        camera_names=tuple(cameras),
+        camera_names=tuple(cameras[:MAX_CAMERAS]),
         camera_topics=(),
         camera_transports=robot.camera_transports[:1],
-        joint_names=tuple(joints) or recording.joint_names,
+        joint_names=joints,
     )
     return dataclasses.replace(config, robot=fitted)
 
 
 def run_recording(
     policy: Policy, recording: Recording, *, every: int = 0
-) -> Iterator[tuple[Observation, PolicyResult] | ObservationError | None]:
+) -> Iterator[tuple[Observation, PolicyResult] | SpecPruneError | None]:
     """Query the policy along a recording, as a robot that executed the recorded actions would.
 
     A control step is an executed action where the recording has them, else an image of the last
@@ -111,17 +117,9 @@ def _store(inbox: Inbox, event: Event) -> None:
 
 def _query(
     policy: Policy, inbox: Inbox, now_ns: int
-) -> tuple[Observation, PolicyResult] | ObservationError:
+) -> tuple[Observation, PolicyResult] | SpecPruneError:
     try:
         observation = inbox.observation(now_ns)
         return observation, policy.infer(observation)
-    except ObservationError as error:
+    except (ObservationError, ActionError) as error:
         return error
-
-
-def control_steps(recording: Recording) -> int:
-    """How many control steps `run_recording` will make, for a progress bar; an estimate."""
-    events = list(recording.events())
-    actions = sum(isinstance(event, ExecutedAction) for event in events)
-    images = sum(isinstance(event, CameraEvent) for event in events)
-    return actions or int(np.ceil(images / max(len(recording.cameras), 1)))

@@ -19,7 +19,6 @@ COLORS = {  # RGB; distinguishable with the common colour-vision deficiencies (O
     'fill': (204, 121, 167),
 }
 DIMMED, LAYER_DIMMED = 0.4, 0.7  # brightness of statically and of layer-pruned patches
-STATIC_LAYER = 2
 LEGEND_ROWS = 34
 MIN_WIDTH = 448  # smaller images are enlarged, so that the legend can be read
 MAX_ROWS = 1024  # to which an image may be enlarged
@@ -46,7 +45,7 @@ def draw_overlay(
     reason, gone = report.camera_grid(camera)
     canvas = _enlarged(image)
     if report.mode in (Mode.COARSE, Mode.FINE):
-        canvas = _tinted(canvas, reason, gone, opacity)
+        canvas = _tinted(canvas, reason, gone, report.static_layer, opacity)
     return np.vstack((canvas, _legend(canvas.shape[1], report, camera)))
 
 
@@ -58,7 +57,9 @@ def _enlarged(image: np.ndarray) -> np.ndarray:
     return cv2.resize(image, (cols * scale, rows * scale), interpolation=cv2.INTER_CUBIC)
 
 
-def _tinted(image: np.ndarray, reason: np.ndarray, gone: np.ndarray, opacity: float) -> np.ndarray:
+def _tinted(
+    image: np.ndarray, reason: np.ndarray, gone: np.ndarray, static_layer: int, opacity: float
+) -> np.ndarray:
     """Blend image * gain + color * weight, both constant within a patch."""
     bits = [int(bit) for bit in (Reason.GLOBAL, Reason.DYNAMIC, Reason.LOCAL)]
     votes = sum((reason & bit > 0).astype(np.int32) for bit in bits)
@@ -67,7 +68,7 @@ def _tinted(image: np.ndarray, reason: np.ndarray, gone: np.ndarray, opacity: fl
                          strict=True):  # fmt: skip
         color[reason & bit > 0] = COLORS[name]
     color[votes > 1] = COLORS['several']
-    by_static, by_layer = (gone > 0) & (gone <= STATIC_LAYER), gone > STATIC_LAYER
+    by_static, by_layer = (gone > 0) & (gone <= static_layer), gone > static_layer
     weight = np.select([by_static, by_layer], [0.0, opacity / 2], opacity).astype(np.float32)
     gain = np.select(
         [by_static, by_layer], [DIMMED, LAYER_DIMMED - opacity / 4], 1.0 - opacity

@@ -19,13 +19,13 @@ from specprune_ros.checks import (
 )
 from specprune_ros.config import PolicyConfig, PruneConfig
 from specprune_ros.episode import Episode
-from specprune_ros.errors import ActionError, ConfigError, ObservationError, PruningError
+from specprune_ros.errors import ActionError, ConfigError, ObservationError
 from specprune_ros.images import CameraImage, as_rgb
 from specprune_ros.models import load_model, pick_device
 from specprune_ros.models.base import Prompt, VLAModel
 from specprune_ros.models.decoder import Decoded, decode
 from specprune_ros.pruning import make_method
-from specprune_ros.pruning.base import KeepAll, PruneRun, PruneTrace, QueryContext
+from specprune_ros.pruning.base import PruneRun, PruneTrace, QueryContext
 from specprune_ros.pruning.motion import motion_of
 from specprune_ros.pruning.scores import patch_similarity
 from specprune_ros.report import make_report
@@ -124,7 +124,7 @@ class Policy:
         action: ExecutedAction | None,
         images: Mapping[str, np.ndarray | CameraImage] | None = None,
     ) -> None:
-        """Tell the policy that one control step was executed.
+        """Tell the policy that one control step was executed; a dry run's action was not.
 
         Args:
             action: what was sent to the robot; None when a step passed but what moved is unknown.
@@ -135,6 +135,8 @@ class Policy:
             ObservationError: the action is not finite, or lacks the elements that the robot
                 configuration names; the step counts, motion becomes unknown.
         """
+        if action is not None and action.dry_run:
+            return
         episode = self._episode
         if images:
             episode.frames.push(episode.step, images, processed=False)
@@ -178,11 +180,10 @@ class Policy:
                 memory=self._episode.memory,
                 query=self._episode.query,
             )
-            decoded, run, fallback = self._decode(prompt, context)
+            decoded, trace, fallback = self._decode(prompt, context)
             clock.lap()
             head = prompt.layout.head.idx(self._device)
             normalized = self.model.act(decoded.at(head)).cpu().double().numpy()
-            trace, fallback = self._finish(run, context, fallback)
             clock.lap()
         chunk = self._chunk(observation, normalized)
         report = make_report(
@@ -205,9 +206,11 @@ class Policy:
         other_task = episode.instruction not in (None, observation.instruction)
         if went_back or other_task:
             self.reset()
-        elif episode.step == episode.step_of_query:
-            # Nobody reports executed actions: the queries themselves count as steps.
-            episode.step += 1
+        elif episode.query and episode.step == episode.step_of_query:
+            # Nobody reports executed actions: count the control steps that time has room for.
+            period_ns = 1e9 * self.config.robot.step_dt_s
+            since_ns = observation.stamp_ns - episode.stamp_ns
+            episode.step += max(round(since_ns / period_ns), 1)
 
     def _end_query(self, observation: Observation, images: dict[str, np.ndarray]) -> None:
         episode = self._episode
@@ -226,9 +229,8 @@ class Policy:
     def _similarity(self, frames: Tensor) -> tuple[int, Tensor | None]:
         """The reference frame's age and the [V, N] patch similarity to it."""
         episode = self._episode
-        wanted = self._method.reference_age(
-            float(np.linalg.norm(episode.displacement)), episode.frames.reach(episode.step)
-        )
+        displacement = float(np.linalg.norm(episode.displacement))
+        wanted = self._method.reference_age(displacement, episode.frames.reach(episode.step))
         found = episode.frames.reference(
             episode.step, wanted, lambda image: self.model.preprocess(as_rgb(image))
         )
@@ -237,30 +239,22 @@ class Policy:
         age, images = found
         return age, patch_similarity(frames, self._to_device(images), self.model.info.grid)
 
-    def _decode(self, prompt: Prompt, context: QueryContext) -> tuple[Decoded, PruneRun, str]:
-        """Decode with pruning, or dense when that fails; also why it failed."""
-        fallback = ''
+    def _decode(self, prompt: Prompt, context: QueryContext) -> tuple[Decoded, PruneTrace, str]:
+        """Decode with pruning, or dense when anything in that fails; also why it failed.
+
+        After a failure the method's memory stays as it was.
+        """
         try:
             run = self._method.begin(context)
             decoded = decode(self.model.decoder, prompt.embeds, prompt.layout, run)
-        except PruningError as error:
-            fallback = str(error)
-            run = KeepAll(self.config.pruning).begin(context)
-            decoded = decode(self.model.decoder, prompt.embeds, prompt.layout, run)
-        return decoded, run, fallback
-
-    def _finish(
-        self, run: PruneRun, context: QueryContext, fallback: str
-    ) -> tuple[PruneTrace, str]:
-        """Take the run's memory and trace; a fault in them costs the memory, not the action."""
-        try:
-            trace = run.trace()
-            self._episode.memory = run.memory()
-        except Exception as error:  # a method's fault, see models/decoder.py
+            trace, memory = run.trace(), run.memory()
+        except Exception as error:  # whatever fails in pruning costs speed, never the action
             fallback = f'{type(error).__name__}: {error}'
-            trace = PruneRun(context).trace()
-            self._episode.memory = None
-        return trace, fallback
+            run = PruneRun(context)
+            decoded = decode(self.model.decoder, prompt.embeds, prompt.layout, run)
+            return decoded, run.trace(), fallback
+        self._episode.memory = memory
+        return decoded, trace, ''
 
     def _chunk(self, observation: Observation, normalized: np.ndarray) -> ActionChunk:
         robot = self.config.robot

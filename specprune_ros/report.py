@@ -68,6 +68,7 @@ def make_report(
         recall=np.full(cameras, NAN) if trace.recall is None else _host(trace.recall),
         reason=trace.reason.cpu().numpy().reshape(-1),
         pruned_after_layer=gone.reshape(-1),
+        static_layer=trace.static_layer,
         layer_confidence=np.zeros(0) if trace.confidence is None else _host(trace.confidence),
         sequence_tokens=layout.length,
         stand_in=chunk.stand_in,
@@ -76,7 +77,10 @@ def make_report(
 
 
 def mode_reason(episode: Episode) -> str:
-    """Why the controller is in its mode, in words."""
+    """Why the controller is in its mode, in words.
+
+    differs: the paper always knows the last executed action; while none is known, fine is safer.
+    """
     motion = episode.motion
     if motion is None:
         return 'no executed action is known: prune gently'

@@ -28,7 +28,7 @@ class RunLog:
     """Collects a run's results and writes them to a folder.
 
     Args:
-        out: the folder; made if absent.
+        out: the folder; made if absent. Pictures of an earlier run in it go.
         video: overlays as one video per camera instead of pictures.
         fps: of the videos.
 
@@ -41,6 +41,10 @@ class RunLog:
         try:
             self.out.mkdir(parents=True, exist_ok=True)
             self._lines = (self.out / 'reports.jsonl').open('w')
+            if not video:
+                (self.out / 'overlays').mkdir(exist_ok=True)
+            for picture in (self.out / 'overlays').glob('*_[0-9][0-9][0-9][0-9].png'):
+                picture.unlink()  # an earlier run's
         except OSError as error:
             raise ConfigError('--out', str(out), f'cannot be written: {error}') from error
         self.chunks: list[ActionChunk] = []
@@ -60,9 +64,9 @@ class RunLog:
         """One overlay picture, [rows, cols, 3] uint8 RGB."""
         bgr = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
         if not self._video:
-            folder = self.out / 'overlays'
-            folder.mkdir(exist_ok=True)
-            cv2.imwrite(str(folder / f'{camera}_{query:04d}.png'), bgr)
+            file = self.out / 'overlays' / f'{camera}_{query:04d}.png'
+            if not cv2.imwrite(str(file), bgr):
+                raise ConfigError('--out', str(file), 'cannot be written')
             return
         if camera not in self._writers:
             size = (bgr.shape[1], bgr.shape[0])

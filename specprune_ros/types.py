@@ -14,6 +14,10 @@ from enum import IntEnum, IntFlag
 
 import numpy as np
 
+# Control steps whose images an episode keeps: the reference frame is at most 11 steps old (T of
+# SpecPrune-VLA 4.1.2 at rest).
+FRAMES_KEPT = 12
+
 
 class Mode(IntEnum):
     """How hard one inference prunes."""
@@ -153,6 +157,7 @@ class PruneReport:
     recall: np.ndarray = field(default_factory=lambda: _none(np.float64))  # [V]
     reason: np.ndarray = field(default_factory=lambda: _none(np.uint8))  # [sum N_v]
     pruned_after_layer: np.ndarray = field(default_factory=lambda: _none(np.uint8))  # [sum N_v]
+    static_layer: int = 0
     layer_index: np.ndarray = field(default_factory=lambda: _none(np.uint32))
     layer_tokens: np.ndarray = field(default_factory=lambda: _none(np.uint32))
     layer_confidence: np.ndarray = field(default_factory=lambda: _none(np.float64))

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING
 
 from specprune_ros.config import PruneConfig
 from specprune_ros.errors import SpecPruneError
-from specprune_ros.types import ExecutedAction, Observation, PolicyResult
+from specprune_ros.types import FRAMES_KEPT, ExecutedAction, Observation, PolicyResult
 
 if TYPE_CHECKING:  # the node starts, and says so, where torch is missing
     from specprune_ros.policy import Policy
 
-MAX_STEPS = 64  # executed steps kept while no query comes; more than any reference age
+MAX_STEPS = 1024  # executed steps kept while no query comes
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +51,7 @@ class InferenceWorker:
         self._wake = threading.Condition()
         self._job: Job | None = None
         self._steps: deque[tuple[ExecutedAction, Mapping]] = deque(maxlen=MAX_STEPS)
+        self._steps_before_job = 0  # of them, those executed before the waiting observation
         self._pruning: PruneConfig | None = None
         self._reset = False
         self._stop = False
@@ -61,12 +62,17 @@ class InferenceWorker:
         """Leave an observation; one that still waits is replaced."""
         with self._wake:
             self._job = job
+            self._steps_before_job = len(self._steps)
             self._wake.notify()
 
     def observe(self, action: ExecutedAction, images: Mapping) -> None:
-        """Leave an executed action for before the next query."""
+        """Leave an executed action for the first query whose observation comes after it."""
         with self._wake:
+            full = len(self._steps) == MAX_STEPS
             self._steps.append((action, images))
+            self._steps_before_job -= full and self._steps_before_job > 0
+            if len(self._steps) > FRAMES_KEPT:
+                self._steps[-1 - FRAMES_KEPT] = (self._steps[-1 - FRAMES_KEPT][0], {})
 
     def set_pruning(self, pruning: PruneConfig) -> None:
         """Leave pruning parameters for before the next query."""
@@ -78,6 +84,7 @@ class InferenceWorker:
         with self._wake:
             self._job, self._reset = None, True
             self._steps.clear()
+            self._steps_before_job = 0
 
     def stop(self, timeout_s: float) -> bool:
         """End the thread.
@@ -98,8 +105,9 @@ class InferenceWorker:
                 if self._stop:
                     return
                 job, self._job = self._job, None
-                steps, pruning, reset = list(self._steps), self._pruning, self._reset
-                self._steps.clear()
+                steps = [self._steps.popleft() for _ in range(self._steps_before_job)]
+                self._steps_before_job = 0
+                pruning, reset = self._pruning, self._reset
                 self._pruning, self._reset = None, False
             try:
                 self._prepare(steps, pruning, reset)

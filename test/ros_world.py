@@ -26,6 +26,7 @@ from std_msgs.msg import String
 
 from specprune_ros.msg import ActionChunk, ExecutedAction, PruningDiagnostics
 from specprune_ros.ros import conversions, qos
+from specprune_ros.ros.arguments import ros_arguments
 from specprune_ros.ros.lifecycle import LifecycleClient
 from specprune_ros.types import Mode
 
@@ -40,17 +41,6 @@ FAST_NODE = {
     'runtime.warm_up_queries': 1,
 }
 START_S, STOP_S, ANSWER_S = 40.0, 3.0, 20.0
-
-
-def ros_arguments(parameters: dict[str, object]) -> list[str]:
-    """`--ros-args -p name:=value ...`, values as YAML."""
-    words = ['--ros-args']
-    for name, value in parameters.items():
-        text = f"'{value}'" if isinstance(value, str) else str(value).lower()
-        if isinstance(value, list):
-            text = str(value)
-        words += ['-p', f'{name}:={text}']
-    return words
 
 
 class NodeProcess:
@@ -215,7 +205,8 @@ class World(Node):
     def _on_diagnostics(self, msg: DiagnosticArray) -> None:
         for status in msg.status:
             self.statuses[status.name] = status
-            if status.name == f'{self.target}: faults':
+            own = f'{self.get_namespace()}/{self.target}'.lstrip('/')
+            if status.name == f'{own}: faults':
                 values = {entry.key: entry.value for entry in status.values}
                 self.faults = {k: int(v) for k, v in values.items() if '(last)' not in k}
                 self.messages = {

@@ -217,11 +217,12 @@ def test_every_parameter_is_described(active):
 @pytest.mark.parametrize(
     ('name', 'value', 'words'),
     [
-        ('pruning.alpha', 50.0, ()),
+        ('pruning.alpha', 50.0, ('pruning.alpha', '50')),
         ('pruning.alpha', 'many', ('pruning.alpha', 'many', 'float')),
         ('pruning.method', 'fastest', ('pruning.method', 'fastest', 'specprune')),
-        ('robot.horizon', 9, ('robot.horizon', 'fixed')),
-        ('pruning.alhpa', 0.5, ()),
+        ('robot.horizon', 9, ('robot.horizon = 9', 'fixed')),
+        ('pruning.alhpa', 0.5, ('pruning.alhpa = 0.5', "did you mean 'pruning.alpha'")),
+        ('prunning.method', 'none', ('prunning.method', 'unknown parameter')),
     ],
 )
 def test_bad_parameter_keeps_the_old_value(active, name, value, words):
@@ -231,6 +232,11 @@ def test_bad_parameter_keeps_the_old_value(active, name, value, words):
     assert all(word in reason for word in words), reason
     assert active.get_parameter_value('pruning.alpha') == 0.8
     assert active.more_chunks(1)
+
+
+def test_unknown_parameter_is_counted(active):
+    message = active.fault_counted('config', lambda: active.set_parameter('pruning.alhpa', 0.5))
+    assert 'pruning.alhpa = 0.5' in message
 
 
 def test_live_parameters(active):

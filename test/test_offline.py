@@ -14,7 +14,7 @@ from conftest import DATA, make_action, make_policy
 from specprune_ros.cli import main
 from specprune_ros.config_files import from_mapping, load_config
 from specprune_ros.errors import ObservationError, RecordingError
-from specprune_ros.offline import control_steps, fit_robot, run_recording
+from specprune_ros.offline import fit_robot, run_recording
 from specprune_ros.policy import Policy
 from specprune_ros.recordings import Recording, open_recording
 from specprune_ros.recordings.base import CameraEvent, InstructionEvent, JointEvent
@@ -98,7 +98,7 @@ def shared_side_policy() -> Policy:
 
 def test_one_outcome_per_step_and_one_query_per_chunk(own, outcomes):
     for run in outcomes.values():
-        assert len(run) == control_steps(own) == 155
+        assert len(run) == own.control_steps == 155
         assert len(results_of(run)) == QUERIES
         assert [step for step, outcome in enumerate(run) if outcome is not None] == list(
             range(0, 155, 8)
@@ -209,6 +209,20 @@ def test_recorded_cameras_and_joints_stand_in_for_others(own):
     assert robot.joint_names == own.joint_names
 
 
+def test_half_of_the_configured_joints_is_an_error():
+    """Bug: the robot was silently fitted to whatever was recorded."""
+    recording = InMemory([], has_actions=False)
+    recording.joint_names, recording.cameras = ('a', 'g'), ('side',)
+    with pytest.raises(RecordingError, match=r"lacks the joints \['b'\]"):
+        fit_robot(from_mapping({'robot.joint_names': ['a', 'b']}), recording)
+
+
+def test_no_more_cameras_than_a_model_takes():
+    recording = InMemory([], has_actions=False)
+    recording.cameras = tuple('abcdef')
+    assert len(fit_robot(from_mapping({}), recording).robot.camera_names) == 4
+
+
 # Recordings of other kinds ---------------------------------------------------------------------
 
 
@@ -216,7 +230,7 @@ def test_without_actions_images_are_the_steps_and_motion_is_unknown(side_policy)
     events = [event for event in side_events(12) if isinstance(event, CameraEvent)]
     recording = InMemory([InstructionEvent(0, 'go'), *events], has_actions=False)
     run = list(run_recording(side_policy, recording))
-    assert len(run) == control_steps(recording) == 12
+    assert len(run) == 12
     reports = [result.report for result in results_of(run)]
     assert [report.mode for report in reports] == [Mode.DENSE, Mode.FINE, Mode.FINE]
     assert np.isnan(reports[-1].translation_speed)

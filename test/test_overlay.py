@@ -41,7 +41,7 @@ def make_report(reason=(), gone=(), cameras=('wrist',), grid=GRID, **changes) ->
         'pruned_after_layer': layers.reshape(-1),
         'latency_total_s': 0.0427,
     }
-    return PruneReport(**{**fields, **changes})
+    return PruneReport(**{'static_layer': STATIC, **fields, **changes})
 
 
 def grey(rows: int = 512, cols: int = 512) -> np.ndarray:

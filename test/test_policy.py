@@ -1,6 +1,7 @@
 """The policy: episode state, bad observations, failing safe. One suite for every method."""
 
 import dataclasses
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from specprune_ros.config import PruneConfig
 from specprune_ros.errors import ActionError, ConfigError, ObservationError
 from specprune_ros.pruning import METHODS
 from specprune_ros.pruning.base import PruneMethod, PruneRun
+from specprune_ros.pruning.specprune import SpecPruneRun
 from specprune_ros.types import Mode, Reason
 
 SLOW, FAST = (0.1, 0.0, -0.1), (0.9, 0.0, 0.0)
@@ -177,7 +179,7 @@ def test_without_executed_actions_pruning_is_gentle(policy):
     assert report.mode == Mode.FINE
     assert 'no executed action' in report.mode_reason
     assert np.isnan(report.translation_speed)
-    assert report.reference_age == 1  # queries count as steps when nobody reports any
+    assert report.reference_age == 8  # 0.4 s have room for 8 control steps
 
 
 def test_controller_reads_the_last_executed_action(policy):
@@ -309,25 +311,31 @@ def test_actions_are_clamped_and_counted():
 
 
 class Faulty(PruneMethod):
-    """Fails as told."""
+    """Prunes half after layer 2, and fails as told."""
 
     name = 'faulty'
     fault = 'raise'
 
     def begin(self, context):
+        if self.fault == 'begin':
+            raise RuntimeError('broken on purpose')
         return FaultyRun(context, self.fault)
 
 
 class FaultyRun(PruneRun):
+    BAD: ClassVar = {'empty': [], 'order': [4, 2], 'twice': [2, 2], 'gone': [1], 'beyond': [5000]}
+
     def __init__(self, context, fault):
         super().__init__(context)
         self.fault = fault
 
     def after_layer(self, probe):
+        if probe.layer == 2:
+            return probe.visual_idx[::2]
         if probe.layer == 3 and self.fault == 'raise':
             raise RuntimeError('broken on purpose')
-        if probe.layer == 3 and self.fault == 'empty':
-            return probe.visual_idx[:0]
+        if probe.layer == 3 and self.fault in self.BAD:
+            return torch.tensor(self.BAD[self.fault], dtype=torch.int64)
         return None
 
     def trace(self):
@@ -335,8 +343,13 @@ class FaultyRun(PruneRun):
             raise RuntimeError('broken on purpose')
         return super().trace()
 
+    def memory(self):
+        if self.fault == 'memory':
+            raise RuntimeError('broken on purpose')
+        return super().memory()
 
-@pytest.mark.parametrize('fault', ['raise', 'empty', 'trace'])
+
+@pytest.mark.parametrize('fault', ['begin', 'raise', 'trace', 'memory', *FaultyRun.BAD])
 def test_faulty_method_costs_speed_not_the_action(policy, monkeypatch, fault):
     monkeypatch.setitem(METHODS, 'faulty', Faulty)
     monkeypatch.setattr(Faulty, 'fault', fault)
@@ -345,7 +358,27 @@ def test_faulty_method_costs_speed_not_the_action(policy, monkeypatch, fault):
     result = policy.infer(make_observation())
     assert result.report.mode == Mode.FALLBACK
     assert result.report.fallback_reason
+    assert (result.report.tokens_kept == 256).all()
     assert np.array_equal(result.chunk.data, expected)
+
+
+def test_after_a_fallback_pruning_goes_on(policy, monkeypatch):
+    def broken(self, probe):
+        raise RuntimeError('broken on purpose')
+
+    run_queries(policy, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(SpecPruneRun, 'after_layer', broken)
+        assert policy.infer(make_observation(16)).report.mode == Mode.FALLBACK
+    policy.observe_executed(make_action(*FAST))
+    assert policy.infer(make_observation(24)).report.mode == Mode.COARSE
+
+
+def test_dry_run_actions_were_not_executed(policy):
+    policy.infer(make_observation(0))
+    policy.observe_executed(make_action(*FAST, dry_run=True))
+    report = policy.infer(make_observation(1)).report
+    assert np.isnan(report.translation_speed)
 
 
 # Fit ---------------------------------------------------------------------------------------------

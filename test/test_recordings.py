@@ -301,6 +301,40 @@ def test_camera_names_come_from_topics(topic, camera):
 COLORS = [(200, 30, 30), (30, 200, 30), (30, 30, 200), (200, 200, 30)]
 
 
+def test_depth_is_no_camera_and_every_camera_has_a_name_of_its_own(tmp_path):
+    """Bug: depth and infrared fell together under one name, and depth won."""
+    with BagWriter(tmp_path / 'bag') as bag:
+        for device in ('left', 'right'):
+            for stream in ('color/image_raw', 'infra1/image_rect_raw'):
+                bag.put_image(f'/{device}/{stream}', 0, picture())
+            bag.put_image(f'/{device}/depth/image_rect_raw', 0, picture(), encoding='16UC1')
+        bag.put_jpeg('/left/color/image_raw/compressed', 1, jpeg(picture()))
+    cameras = open_recording(tmp_path / 'bag').cameras
+    assert cameras == ('left', 'left_infra1', 'right', 'right_infra1')
+
+
+def test_joints_of_one_topic_are_the_robots(tmp_path):
+    """Bug: the first joint state of any topic named the joints; a gripper's hid the arm's."""
+    with BagWriter(tmp_path / 'bag') as bag:
+        bag.put_image('/cameras/side/image_raw', 0, picture())
+        bag.put('/gripper/joint_states', 1, bag.joints(('g',), (0.0,)))
+        bag.put('/joint_states', 2, bag.joints(('j1', 'j2'), (0.0, 1.0)))
+    recording = open_recording(tmp_path / 'bag')
+    assert recording.joint_names == ('j1', 'j2')
+    assert [event.names for event in of_kind(list(recording.events()), JointEvent)] == [
+        ('j1', 'j2')
+    ]
+
+
+def test_empty_action_topic_is_no_action(tmp_path):
+    with BagWriter(tmp_path / 'bag') as bag:
+        bag.put_image('/cameras/side/image_raw', 0, picture())
+        bag._topics['/executed_action'] = bag._writer.add_connection(
+            '/executed_action', EXECUTED, typestore=bag.store
+        )
+    assert not open_recording(tmp_path / 'bag').has_actions
+
+
 def write_video(path: Path, fps: float = 10.0) -> Path:
     code = cv2.VideoWriter_fourcc(*('MJPG' if path.suffix == '.avi' else 'mp4v'))
     writer = cv2.VideoWriter(str(path), code, fps, (64, 48))

@@ -181,6 +181,20 @@ def test_steps_during_a_query_wait_for_the_next(bench):
     assert calls(bench) == [('infer', 'scene'), ('step', 'moved'), ('infer', 'scene')]
 
 
+def test_steps_after_an_observation_are_not_in_its_query(bench):
+    """Bug: what was executed after the images were taken counted as motion before them."""
+    bench.hold(1)
+    bench.worker.observe('before', {})
+    bench.submit(2, 'second')
+    bench.worker.observe('after', {})
+    bench.policy.gate.set()
+    bench.wait(2)
+    assert calls(bench)[1:] == [('step', 'before'), ('infer', 'second')]
+    bench.submit(3, 'third')
+    bench.wait()
+    assert calls(bench)[3:] == [('step', 'after'), ('infer', 'third')]
+
+
 def test_a_bad_step_costs_neither_the_others_nor_the_query(bench):
     bad = ObservationError('action_not_finite', 'executed_action.data', [1.0], 'must be finite')
     for step in ('first', bad, 'last'):

@@ -6,6 +6,7 @@ import argparse
 
 from specprune_ros.cli.options import add_recording_arguments, recording_from
 from specprune_ros.errors import MissingDependencyError
+from specprune_ros.ros.arguments import ros_arguments
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,15 +32,12 @@ def run(arguments: argparse.Namespace) -> int:
         ) from error
     values = {
         'recording': recording.path,
-        'rate': float(arguments.rate),
-        'loop': str(arguments.loop).lower(),
+        'rate': arguments.rate,
+        'loop': arguments.loop,
         'transport': arguments.transport,
         'instruction': arguments.instruction,
         'camera': recording.cameras[0],
-        'exit_at_end': 'true',
+        'cameras': [text for text in arguments.camera if '=' in text] or [''],
+        'exit_at_end': True,
     }
-    ros_args = ['--ros-args']
-    for name, value in values.items():
-        if value != '':
-            ros_args += ['-p', f'{name}:={value}']
-    return replay_node.main([*ros_args, *arguments.ros_args])
+    return replay_node.main([*ros_arguments(values), *arguments.ros_args])

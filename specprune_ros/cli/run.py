@@ -15,7 +15,7 @@ from specprune_ros.cli.options import (
     config_from,
     recording_from,
 )
-from specprune_ros.errors import ObservationError
+from specprune_ros.errors import SpecPruneError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     from specprune_ros.images import as_rgb
     from specprune_ros.loading import load_policy
-    from specprune_ros.offline import control_steps, fit_robot, run_recording
+    from specprune_ros.offline import fit_robot, run_recording
     from specprune_ros.overlay import draw_overlay
     from specprune_ros.runlog import RunLog
 
@@ -44,23 +44,28 @@ def run(arguments: argparse.Namespace) -> int:
     console = Console()
     recording = recording_from(arguments)
     config = fit_robot(config_from(arguments), recording)
+    left_out = [name for name in recording.cameras if name not in config.robot.camera_names]
+    if left_out:
+        console.print(f'cameras left out: {", ".join(left_out)}')
     policy = load_policy(config)
     policy.warm_up()
     log = RunLog(arguments.out, video=arguments.video)
     steps = run_recording(policy, recording, every=every)
-    bar = track(steps, 'queries', total=control_steps(recording), console=console)
-    for outcome in bar:
-        if isinstance(outcome, ObservationError):
-            log.skipped.append(str(outcome))
-            console.print(f'skipped: {outcome}', style='yellow')
-        elif outcome is not None:
-            observation, result = outcome
-            log.add(result.chunk, result.report)
-            for name in policy.model.info.cameras:
-                image = as_rgb(observation.images[name])
-                opacity = config.runtime.overlay_opacity
-                overlay = draw_overlay(image, result.report, name, opacity)
-                log.add_overlay(name, len(log.reports) - 1, overlay)
-    console.print(log.finish())
-    console.print(f'written to {arguments.out}')
+    bar = track(steps, 'queries', total=recording.control_steps, console=console)
+    try:
+        for outcome in bar:
+            if isinstance(outcome, SpecPruneError):
+                log.skipped.append(str(outcome))
+                console.print(f'skipped: {outcome}', style='yellow')
+            elif outcome is not None:
+                observation, result = outcome
+                log.add(result.chunk, result.report)
+                for name in policy.model.info.cameras:
+                    image = as_rgb(observation.images[name])
+                    opacity = config.runtime.overlay_opacity
+                    overlay = draw_overlay(image, result.report, name, opacity)
+                    log.add_overlay(name, len(log.reports) - 1, overlay)
+    finally:  # also what an interrupted run has so far
+        console.print(log.finish())
+        console.print(f'written to {arguments.out}')
     return 0

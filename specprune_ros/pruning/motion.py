@@ -12,7 +12,6 @@ import numpy as np
 
 REFERENCE_BASE = 7.0  # b of section 4.1.2
 REFERENCE_OFFSET = 4
-MAX_REFERENCE_AGE = 11  # floor(b - 0) + 4, the age at rest
 
 
 @dataclass(frozen=True)

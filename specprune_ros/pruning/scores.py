@@ -52,6 +52,9 @@ def attention_score(attention: Tensor) -> Tensor:
 
     Returns:
         [M] float32, mean over heads and text tokens.
+
+    differs: Eq. 2 takes the image's rows; text rows are the default, since in a causal model the
+        image comes first and attends to no text.
     """
     return attention.float().mean(dim=(0, 1))
 
@@ -89,6 +92,8 @@ def rank_weight(attention: Tensor, slope: float, base: int = 0) -> Tensor:
     Returns:
         [M] float32, sums to 1: per head sigma(-k rank) normalised, then the mean over heads. Equal
         scores rank by index.
+
+    differs: the paper gives neither k nor the base; 0.1 and 0 are our choice.
     """
     order = attention.argsort(dim=-1, descending=True, stable=True)
     weight = torch.sigmoid(

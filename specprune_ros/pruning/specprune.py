@@ -55,7 +55,7 @@ class Memory:
 
     Attributes:
         global_rank: [V, N], rank in V_global; infinity outside it.
-        confidence: [depth] omega_conf of every layer, from the episode's first query.
+        confidence: [depth] omega_conf of every layer, from the last dense query.
     """
 
     global_rank: Tensor
@@ -63,7 +63,11 @@ class Memory:
 
 
 class SpecPruneRun(PruneRun):
-    """One inference of SpecPrune-VLA."""
+    """One inference of SpecPrune-VLA.
+
+    differs: the paper does not say what the first query of an episode does; it is dense, and gives
+        V_global and the layers' confidence.
+    """
 
     def __init__(self, config: PruneConfig, context: QueryContext):
         super().__init__(context)
@@ -198,7 +202,7 @@ class SpecPruneRun(PruneRun):
     def _update_scores(self, probe: LayerProbe) -> None:
         """S_i <- (1 - beta) S_i + beta omega_rank omega_conf (Eqs. 5, 9)."""
         per_head = self._attention(probe).float().mean(dim=1)
-        weight = scores.rank_weight(per_head, self._config.rank_slope)
+        weight = scores.rank_weight(per_head, self._config.rank_slope, self._config.rank_base)
         score = weight * self._memory.confidence[probe.layer - 1]
         previous = torch.zeros_like(score) if self._ema is None else self._ema
         self._ema = scores.ema(previous, score, self._config.ema_rate)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,7 @@ from specprune_ros.errors import (
     RecordingError,
     SpecPruneError,
 )
-from specprune_ros.images import CompressedImage, RawImage
+from specprune_ros.images import ENCODINGS, CompressedImage, RawImage
 from specprune_ros.recordings.base import CameraEvent, Event, InstructionEvent, JointEvent
 from specprune_ros.types import ExecutedAction
 
@@ -30,7 +31,11 @@ JOINTS = 'sensor_msgs/msg/JointState'
 TEXT = 'std_msgs/msg/String'
 EXECUTED = 'specprune_ros/msg/ExecutedAction'
 OWN_MESSAGES = ('ActionChunk', 'ExecutedAction', 'PruningDiagnostics')
-TOPIC_TAILS = ('image_raw', 'image_rect', 'image_color', 'image', 'color', 'rgb', 'compressed')
+# Words of an image topic that name no camera.
+TOPIC_TAILS = (
+    *('image', 'image_raw', 'image_rect', 'image_rect_raw', 'image_rect_color', 'image_color'),
+    *('color', 'rgb', 'compressed'),
+)
 
 
 class BagRecording:
@@ -51,18 +56,17 @@ class BagRecording:
         self.path = str(path)
         self._instruction = instruction
         with self._reading() as reader:
-            types = {connection.topic: connection.msgtype for connection in reader.connections}
-            self._images = self._camera_topics(types, cameras or {})
-            self._others = {
-                topic: kind for topic, kind in types.items() if _is_wanted(topic, kind)
-            }
+            types = {c.topic: c.msgtype for c in reader.connections if c.msgcount}
+            self._images = self._camera_topics(reader, types, cameras or {})
+            self._others = {t: kind for t, kind in types.items() if _is_wanted(t, kind)}
             self.duration_s = reader.duration / 1e9
             self._start_ns = reader.start_time
-            joints = [c for c in reader.connections if c.msgtype == JOINTS]
-            first = next(reader.messages(joints), None) if joints else None
-            self.joint_names = tuple(reader.deserialize(first[2], JOINTS).name) if first else ()
+            self._choose_joints(reader)
+            counts = Counter({c.topic: c.msgcount for c in reader.connections})
         self.cameras = tuple(self._images)
-        self.has_actions = EXECUTED in self._others.values()
+        actions = sum(counts[t] for t, kind in self._others.items() if kind == EXECUTED)
+        self.has_actions = actions > 0
+        self.control_steps = actions or max(counts[topic] for topic in self._images.values())
         has_text = any(kind == TEXT for kind in self._others.values())
         if not instruction and not has_text:
             self._instruction = re.sub(r'[_\-\s]+', ' ', path.stem).strip()
@@ -107,23 +111,68 @@ class BagRecording:
                 self.path, f'cannot be read as a rosbag2: {type(error).__name__}: {error}'
             ) from error
 
-    def _camera_topics(self, types: dict[str, str], asked: dict[str, str]) -> dict[str, str]:
-        images = [topic for topic, kind in types.items() if kind in (IMAGE, COMPRESSED)]
+    def _choose_joints(self, reader: AnyReader) -> None:
+        """Take one joint-state topic: `joint_states` if it exists, else the one of most joints."""
+        names = {}
+        for connection in reader.connections:
+            if connection.msgtype == JOINTS and connection.msgcount:
+                _, _, raw = next(reader.messages([connection]))
+                names[connection.topic] = tuple(reader.deserialize(raw, JOINTS).name)
+        self.joint_names: tuple[str, ...] = ()
+        if names:
+            best = max(names, key=lambda t: (t.endswith('/joint_states'), len(names[t])))
+            self.joint_names = names.pop(best)
+        for topic in names:
+            del self._others[topic]
+
+    def _camera_topics(
+        self, reader: AnyReader, types: dict[str, str], asked: dict[str, str]
+    ) -> dict[str, str]:
+        """Camera -> topic."""
+        images = sorted(topic for topic, kind in types.items() if kind in (IMAGE, COMPRESSED))
         for camera, topic in asked.items():
             if topic not in images:
                 raise RecordingError(
                     self.path, f'camera {camera!r}: no image topic {topic!r}, only {images}'
                 )
-        found = asked or {camera_name(topic): topic for topic in sorted(images, reverse=True)}
-        if not found:
+        if asked:
+            return dict(sorted(asked.items()))
+        color = [topic for topic in images if self._is_color(reader, topic)] or images
+        if not color:
             raise RecordingError(self.path, f'has no image topic, only {sorted(types)}')
+        names = Counter(camera_name(topic) for topic in color)
+        found: dict[str, str] = {}
+        for topic in color:
+            name = camera_name(topic)
+            if names[name] > 1 and not _same_camera(color, name):
+                name = camera_name(topic, whole=True)
+            found.setdefault(name, topic)  # raw sorts before raw/compressed
         return dict(sorted(found.items()))
 
+    def _is_color(self, reader: AnyReader, topic: str) -> bool:
+        """Whether a topic's first image is one that can be shown to the model."""
+        connections = [c for c in reader.connections if c.topic == topic]
+        connection, _, raw = next(reader.messages(connections))
+        message = reader.deserialize(raw, connection.msgtype)
+        if connection.msgtype == COMPRESSED:
+            return 'compressedDepth' not in message.format
+        return message.encoding in ENCODINGS
 
-def camera_name(topic: str) -> str:
-    """The camera that an image topic belongs to: its last word that is not a mere 'image'."""
+
+def _same_camera(topics: list[str], name: str) -> bool:
+    """Whether the topics of this name are one image, raw and compressed."""
+    bases = {t.removesuffix('/compressed') for t in topics if camera_name(t) == name}
+    return len(bases) == 1
+
+
+def camera_name(topic: str, *, whole: bool = False) -> str:
+    """The camera that an image topic belongs to.
+
+    Its last word that names no kind of image, or all such words, joined by `_`.
+    """
     words = [word for word in topic.strip('/').split('/') if word not in TOPIC_TAILS]
-    return re.sub(r'\W', '_', words[-1]) if words else 'camera'
+    telling = words if whole else words[-1:]
+    return re.sub(r'\W', '_', '_'.join(telling)) or 'camera'
 
 
 def register_own_messages(typestore) -> None:

@@ -52,6 +52,7 @@ class Recording(Protocol):
         joint_names: joints in it, in recorded order; empty without joint states.
         has_actions: whether it holds executed actions.
         duration_s: length.
+        control_steps: how many `offline.run_recording` makes of it; an estimate.
     """
 
     path: str
@@ -59,6 +60,7 @@ class Recording(Protocol):
     joint_names: tuple[str, ...]
     has_actions: bool
     duration_s: float
+    control_steps: int
 
     def events(self) -> Iterator[Event]:
         """All events by ascending stamp.

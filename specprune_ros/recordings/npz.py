@@ -55,6 +55,7 @@ class NpzRecording:
         self.cameras = tuple(self._images)
         self.joint_names = tuple(f'state_{index}' for index in range(len(self._state)))
         self.duration_s = STILL_S
+        self.control_steps = round(STILL_S * STILL_HZ)
 
     def events(self) -> Iterator[Event]:
         """The instruction, then the same images and state again and again."""

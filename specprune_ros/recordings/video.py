@@ -43,6 +43,7 @@ class VideoRecording:
             raise RecordingError(path, f'no readable frame (fps {fps:g}, {frames:g} frames)')
         self._period_ns = round(NS / fps)
         self.duration_s = frames / fps
+        self.control_steps = int(frames)
 
     def events(self) -> Iterator[Event]:
         """The instruction, then every frame."""

@@ -19,6 +19,7 @@ import rclpy
 import yaml
 from diagnostic_msgs.msg import DiagnosticArray
 from rclpy.node import Node
+from rclpy.signals import SignalHandlerOptions
 from rich.console import Console
 from rich.progress import Progress
 from sensor_msgs.msg import Image
@@ -30,6 +31,7 @@ from specprune_ros.msg import ActionChunk, PruningDiagnostics
 from specprune_ros.offline import fit_robot
 from specprune_ros.recordings import open_recording
 from specprune_ros.ros import conversions, qos
+from specprune_ros.ros.arguments import ros_arguments
 from specprune_ros.ros.lifecycle import LifecycleClient
 from specprune_ros.runlog import RunLog
 
@@ -47,6 +49,7 @@ class Watcher(Node):
         self.log = log
         self.faults: dict[str, str] = {}
         self._chunks: dict[int, object] = {}
+        self._cameras = cameras
         self._overlays: Counter[str] = Counter()
         self.create_subscription(ActionChunk, 'vla_node/action_chunk', self._on_chunk, 10)
         self.create_subscription(PruningDiagnostics, 'vla_node/pruning', self._on_report, 10)
@@ -57,6 +60,11 @@ class Watcher(Node):
             self.create_subscription(
                 Image, f'vla_node/overlay/{camera}', self._overlay_callback(camera), 10
             )
+
+    def complete(self, chunks: int) -> bool:
+        """Whether that many queries came, each with an overlay per camera."""
+        overlays = min(self._overlays[camera] for camera in self._cameras)
+        return len(self.log.reports) >= chunks and overlays >= chunks
 
     def _on_chunk(self, msg: ActionChunk) -> None:
         self._chunks[msg.chunk_id] = conversions.chunk_from_msg(msg)
@@ -101,10 +109,14 @@ _Quoting.add_representer(
 )
 
 
-def start(module: str, log: Path, *ros_args: str) -> subprocess.Popen:
+def start(module: str, out: Path, *arguments: str) -> subprocess.Popen:
     """Start one of our nodes as a process of its own; its output goes to a file."""
-    command = [sys.executable, '-m', f'specprune_ros.ros.{module}', '--ros-args', *ros_args]
-    return subprocess.Popen(command, stdout=log.open('w'), stderr=subprocess.STDOUT)
+    command = [sys.executable, '-m', f'specprune_ros.ros.{module}', *arguments]
+    with (out / f'{module}.log').open('w') as log:
+        # A session of its own: Ctrl-C in the terminal reaches the demo alone, which then stops it.
+        return subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
 
 
 def stop(process: subprocess.Popen) -> str:
@@ -132,7 +144,7 @@ def watch(watcher: Watcher, processes: dict[str, subprocess.Popen], chunks: int)
     end = time.monotonic() + TIMEOUT_S
     with Progress() as progress:
         task = progress.add_task('chunks', total=chunks)
-        while len(watcher.log.reports) < chunks:
+        while not watcher.complete(chunks):
             rclpy.spin_once(watcher, timeout_sec=0.1)
             progress.update(task, completed=len(watcher.log.reports))
             for name, process in processes.items():
@@ -151,17 +163,17 @@ def run(arguments: argparse.Namespace, console: Console) -> list[str]:
     params = arguments.out / 'params.yaml'
     write_params(config, params)
     console.print(f'replaying {recording.path}: cameras {", ".join(config.robot.camera_names)}')
-    replay = {'recording': Path(recording.path).resolve(), 'loop': 'true'}
-    if arguments.instruction:
-        replay['instruction'] = arguments.instruction
-    replay_args = [word for item in replay.items() for word in ('-p', '{}:={}'.format(*item))]
-    processes = {
-        'vla_node': start(
-            'vla_node', arguments.out / 'vla_node.log', '--params-file', str(params)
-        ),
-        'replay_node': start('replay_node', arguments.out / 'replay_node.log', *replay_args),
+    replay = {
+        'recording': str(Path(recording.path).resolve()),
+        'loop': True,
+        'instruction': arguments.instruction,
     }
-    rclpy.init(args=[])
+    out = arguments.out
+    processes = {
+        'vla_node': start('vla_node', out, '--ros-args', '--params-file', str(params)),
+        'replay_node': start('replay_node', out, *ros_arguments(replay)),
+    }
+    rclpy.init(args=[], signal_handler_options=SignalHandlerOptions.NO)
     problems = []
     try:
         watcher = Watcher(log, config.robot.camera_names)
@@ -175,6 +187,8 @@ def run(arguments: argparse.Namespace, console: Console) -> list[str]:
             console.print(f'{fault}: {message}', style='yellow')
     except TimeoutError as error:
         problems.append(str(error))
+    except KeyboardInterrupt:
+        problems.append('interrupted')
     finally:
         rclpy.try_shutdown()
         for name, process in processes.items():
@@ -196,6 +210,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument('--chunks', type=int, default=20, help='how many to wait for')
     parser.add_argument('--params', action='append', help='parameter file; may be repeated')
     console = Console()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         problems = run(parser.parse_args(argv), console)
     except SpecPruneError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
+from rclpy.node import Node
 
 from specprune_ros.health import Health
 from specprune_ros.ros.conversions import to_time
@@ -16,6 +17,11 @@ OK, WARN, ERROR, STALE = (
     DiagnosticStatus.STALE,
 )
 PERIOD_S = 1.0
+
+
+def node_name(node: Node) -> str:
+    """The node's name with its namespace: /diagnostics is shared by all robots of a domain."""
+    return node.get_fully_qualified_name().lstrip('/')
 
 
 def status(name: str, level: bytes, message: str, values: Mapping[str, str]) -> DiagnosticStatus:

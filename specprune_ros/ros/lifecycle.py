@@ -57,6 +57,12 @@ class LifecycleClient:
         request.transition.id = TRANSITIONS[transition]
         return self._call(self._change, request).success
 
+    def request(self, transition: str) -> None:
+        """Ask for a transition without waiting for the answer."""
+        request = ChangeState.Request()
+        request.transition.id = TRANSITIONS[transition]
+        self._change.call_async(request)
+
     def state(self) -> str:
         """The node's state, e.g. 'active'.
 

@@ -14,6 +14,8 @@ from rclpy.parameter import Parameter
 from specprune_ros.config import AXES, PolicyConfig
 from specprune_ros.config_files import from_mapping, parameter_names
 
+# rclpy's own parameters
+FOREIGN = ('use_sim_time', 'start_type_description_service', 'qos_overrides.')
 INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
 
 
@@ -48,27 +50,24 @@ class Parameters:
         """The configuration with some parameters changed, which are not set yet.
 
         Raises:
-            ConfigError: a changed value is bad.
+            ConfigError: a changed value is bad, or the parameter unknown.
         """
-        own = {p.name: p.value for p in parameters if p.name in parameter_names()}
+        changes = {p.name: p.value for p in parameters if not p.name.startswith(FOREIGN)}
         values = {name: self._node.get_parameter(name).value for name in parameter_names()}
-        return from_mapping({**values, **own})
+        return from_mapping({**values, **changes})
 
     def accept(self, parameters: list[Parameter]) -> None:
         """Forget the bad values that are now replaced."""
         for parameter in parameters:
             self._bad.pop(parameter.name, None)
 
-    def strangers(self) -> list[str]:
+    def strangers(self) -> dict[str, object]:
         """Given parameters that belong to no axis: another node's, or a typo."""
-        own = {'use_sim_time', 'start_type_description_service'}
-        return [
-            name
-            for name in self._given
-            if name.partition('.')[0] not in AXES
-            and name not in own
-            and not name.startswith('qos_overrides.')
-        ]
+        return {
+            name: parameter.value
+            for name, parameter in self._given.items()
+            if name.partition('.')[0] not in AXES and not name.startswith(FOREIGN)
+        }
 
     def _unknown(self) -> dict[str, object]:
         known = set(parameter_names())
@@ -125,13 +124,13 @@ def describe(spec: dataclasses.Field) -> ParameterDescriptor:
     return descriptor
 
 
-def fixed_changes(parameters: list[Parameter]) -> list[str]:
-    """Names among parameters that may not change once the node is configured."""
+def fixed_changes(parameters: list[Parameter]) -> list[Parameter]:
+    """Those parameters that may not change once the node is configured."""
     fixed = []
     for parameter in parameters:
         axis, _, key = parameter.name.partition('.')
         spec = typing.get_type_hints(PolicyConfig).get(axis)
         field = getattr(spec, '__dataclass_fields__', {}).get(key)
         if field is not None and not field.metadata['live']:
-            fixed.append(parameter.name)
+            fixed.append(parameter)
     return fixed

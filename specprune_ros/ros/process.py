@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import signal
 import sys
 import threading
@@ -14,53 +15,54 @@ from rclpy.exceptions import ParameterException
 from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
 from rclpy.signals import SignalHandlerOptions
 
+SPIN_S = 0.1  # longest time until a signal is noticed
+
 
 class StoppableNode(Protocol):
     """An rclpy node that can stop its own threads."""
 
-    def shut_down(self) -> None:
-        """End threads and free what they use; the node is destroyed next."""
+    def shut_down(self) -> bool:
+        """End threads and free what they use; False when a thread would not end."""
 
     def destroy_node(self) -> None:
         """As rclpy.node.Node does."""
 
 
-SPIN_S = 0.1  # longest time until a signal is noticed
-
-
 def spin_process(
-    make_node: Callable[[], StoppableNode],
-    args: list[str] | None = None,
-    *,
-    done: threading.Event | None = None,
+    make_node: Callable[[threading.Event], StoppableNode], args: list[str] | None = None
 ) -> int:
-    """Run one node until SIGINT, SIGTERM, or `done`; then tear it down.
+    """Run one node until SIGINT or SIGTERM, or until it says so; then tear it down.
 
     rclpy's own handlers shut the context down at once, under the node's feet: then nothing can be
     published any more and the lifecycle's shutdown never runs. So we take the signals ourselves.
+
+    Args:
+        make_node: takes the event that stops the process: to look at during long work, or to set.
+        args: command line for rclpy.
 
     Returns:
         The process's exit status: 0, or 2 when a parameter is bad.
     """
     rclpy.init(args=args, signal_handler_options=SignalHandlerOptions.NO)
-    stop = done or threading.Event()
+    stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
     try:
-        node = make_node()
+        node = make_node(stop)
     except ParameterException as error:
         print(error, file=sys.stderr)
         rclpy.try_shutdown()
         return 2
     executor = SingleThreadedExecutor()
     executor.add_node(node)
+    clean = False
     try:
         while not stop.is_set() and rclpy.ok():
             executor.spin_once(timeout_sec=SPIN_S)
     except ExternalShutdownException:
         pass
     finally:
-        node.shut_down()
+        clean = node.shut_down()
         executor.shutdown(timeout_sec=1.0)
         node.destroy_node()
         rclpy.try_shutdown()
@@ -69,4 +71,9 @@ def spin_process(
         del node, executor
         gc.collect()
         gc.freeze()
+    if not clean:
+        # A thread is still inside native code; the interpreter would abort under it.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
     return 0

@@ -30,6 +30,7 @@ from specprune_ros.types import ExecutedAction
 NS = 1_000_000_000
 JPEG_QUALITY = 90
 POLL_S = 0.05
+STOP_S = 1.0
 TRANSPORTS = {'raw': (Image, 'image_raw'), 'compressed': (CompressedImage, 'image_raw/compressed')}
 
 
@@ -38,12 +39,16 @@ class ReplayNode(Node):
 
     A recording that cannot be played is one ERROR in `/diagnostics` and the log; the node stays
     up to say so, and `exit_at_end` makes it leave.
+
+    Args:
+        stop: ends the process when set.
+        failed: set when the recording could not be played.
     """
 
-    def __init__(self, done: threading.Event | None = None):
+    def __init__(self, stop: threading.Event | None = None, failed: threading.Event | None = None):
         super().__init__('replay_node')
-        self.failed = False
-        self._done = done or threading.Event()
+        self._stop = stop or threading.Event()
+        self._failed = failed or threading.Event()
         self._halt = threading.Event()
         self._health = Health()
         self._declare()
@@ -54,10 +59,11 @@ class ReplayNode(Node):
         self._thread = threading.Thread(target=self._run, name='replay', daemon=True)
         self._thread.start()
 
-    def shut_down(self) -> None:
-        """Stop playing."""
+    def shut_down(self) -> bool:
+        """Stop playing; False when the thread would not end."""
         self._halt.set()
-        self._thread.join(1.0)
+        self._thread.join(STOP_S)
+        return not self._thread.is_alive()
 
     def _declare(self) -> None:
         def declare(name: str, default: object, doc: str, low=None, high=None) -> None:
@@ -74,6 +80,7 @@ class ReplayNode(Node):
         declare('transport', 'raw', 'raw or compressed image topics')
         declare('instruction', '', "the task instead of the recording's")
         declare('camera', 'side', "a video's camera name")
+        declare('cameras', [''], 'cameras of a bag by topic, as name=topic; empty: all there are')
         declare('instruction_topic', 'vla_node/instruction', 'where the instruction goes')
         declare(
             'wait_for_subscriber_s', 10.0, 'wait this long for an image subscriber', 0.0, 600.0
@@ -93,10 +100,10 @@ class ReplayNode(Node):
             if not self._halt.is_set():
                 self.get_logger().info(f'end of {recording.path}: {self._played} events')
         except SpecPruneError as error:
-            self.failed = True
+            self._failed.set()
             self._fault(error)
         if self._value('exit_at_end'):
-            self._done.set()
+            self._stop.set()
 
     def _open(self) -> Recording:
         path, transport = self._value('recording'), self._value('transport')
@@ -104,8 +111,12 @@ class ReplayNode(Node):
             raise ConfigError('recording', path, 'names no recording')
         if transport not in TRANSPORTS:
             raise ConfigError('transport', transport, 'must be raw or compressed')
+        cameras = dict(text.split('=', 1) for text in self._value('cameras') if '=' in text)
         recording = open_recording(
-            path, camera=self._value('camera'), instruction=self._value('instruction')
+            path,
+            cameras=cameras,
+            camera=self._value('camera'),
+            instruction=self._value('instruction'),
         )
         self.get_logger().info(
             f'{path}: {recording.duration_s:.1f} s, cameras {", ".join(recording.cameras)}, '
@@ -179,9 +190,10 @@ class ReplayNode(Node):
             self.get_logger().error(str(error))
 
     def _publish_diagnostics(self) -> None:
-        name = self.get_name()
-        level = diagnostics.ERROR if self.failed else diagnostics.OK
-        state = 'failed' if self.failed else 'playing' if self._thread.is_alive() else 'ended'
+        name = diagnostics.node_name(self)
+        level = diagnostics.ERROR if self._failed.is_set() else diagnostics.OK
+        state = 'playing' if self._thread.is_alive() else 'ended'
+        state = 'failed' if self._failed.is_set() else state
         statuses = [
             diagnostics.status(f'{name}: replay', level, state, {'events': str(self._played)}),
             diagnostics.fault_status(name, self._health),
@@ -192,14 +204,9 @@ class ReplayNode(Node):
 
 def main(args: list[str] | None = None) -> int:
     """Process entry point; 2 when the recording could not be played."""
-    done, nodes = threading.Event(), []
-
-    def make() -> ReplayNode:
-        nodes.append(ReplayNode(done))
-        return nodes[0]
-
-    status = spin_process(make, args, done=done)
-    return 2 if status or nodes[0].failed else 0
+    failed = threading.Event()
+    status = spin_process(lambda stop: ReplayNode(stop, failed), args)
+    return 2 if status or failed.is_set() else 0
 
 
 if __name__ == '__main__':

@@ -1,9 +1,10 @@
 """`vla_node`: cameras, joint state and an instruction in; action chunks and what pruning did out.
 
 A lifecycle node. Threads: the executor's one thread runs callbacks, which only store; the
-inference thread (worker.py) runs the policy and publishes. Nothing in the executor ever waits for
-an inference, so transitions and parameters are answered while one runs; configure itself loads
-the model and takes as long as that takes.
+inference thread (worker.py) runs the policy and publishes. No callback waits for an inference, so
+parameters and deactivate are answered while one runs; cleanup and shutdown wait for it, STOP_S at
+the most. Configure takes as long as loading the model takes, and gives up when the process is told
+to end.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ from specprune_ros.ros.process import spin_process
 from specprune_ros.types import PolicyResult
 from specprune_ros.worker import InferenceWorker, Job
 
-STOP_S = 2.0  # how long cleanup waits for a running inference
+STOP_S = 1.5  # how long cleanup waits for a running inference
+POLL_S = 0.05  # how often loading looks whether the process is to end
 TRANSPORTS = {'raw': (Image, ''), 'compressed': (CompressedImage, '/compressed')}
 SUCCESS, FAILURE = TransitionCallbackReturn.SUCCESS, TransitionCallbackReturn.FAILURE
 
@@ -47,8 +49,11 @@ class VlaNode(LifecycleNode):
     ~/overlay/<name>, /diagnostics.
     """
 
-    def __init__(self, name: str = 'vla_node', **kwargs):
-        super().__init__(name, **kwargs)
+    def __init__(self, stop: threading.Event | None = None, *, name: str = 'vla_node', **kwargs):
+        # Undeclared ones are let through to `_on_parameters`, which refuses them with a reason.
+        super().__init__(name, allow_undeclared_parameters=True, **kwargs)
+        self._stop = stop or threading.Event()
+        self._loader: threading.Thread | None = None
         self._health = Health()
         self._settings = Parameters(self)
         self._config: PolicyConfig | None = None
@@ -72,8 +77,8 @@ class VlaNode(LifecycleNode):
             clock=Clock(clock_type=ClockType.STEADY_TIME),
         )
         self.add_on_set_parameters_callback(self._on_parameters)
-        for stranger in self._settings.strangers():
-            error = ConfigError(stranger, '...', 'unknown parameter, ignored')
+        for stranger, value in self._settings.strangers().items():
+            error = ConfigError(stranger, value, 'unknown parameter, ignored')
             self._fault(error.code, str(error))
 
     # Lifecycle -------------------------------------------------------------------------------
@@ -82,8 +87,8 @@ class VlaNode(LifecycleNode):
         """Load the model, warm it up, make publishers. On failure the node stays unconfigured."""
         try:
             config = self._settings.read()
-            policy = load_policy(config)
-            policy.warm_up()
+            self._check_topics(config)
+            policy = self._load(config)
             self._set_up(config, policy)
         except SpecPruneError as error:
             self._fault(error.code, str(error))
@@ -101,7 +106,16 @@ class VlaNode(LifecycleNode):
         return SUCCESS
 
     def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
-        """Subscribe and start to infer."""
+        """Subscribe and start to infer; on failure the node stays inactive."""
+        try:
+            self._start_inputs()
+        except Exception:  # rclpy would swallow the traceback
+            self._stop_inputs()
+            self._fault('activate', traceback.format_exc())
+            return FAILURE
+        return super().on_activate(state)
+
+    def _start_inputs(self) -> None:
         robot = self._config.robot
         transports = robot.per_camera('camera_transports')
         for camera, topic in robot.image_topics().items():
@@ -117,7 +131,6 @@ class VlaNode(LifecycleNode):
         with self._gate:
             self._ticket += 1
             self._active = True
-        return super().on_activate(state)
 
     def on_deactivate(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Stop at once: nothing is published from here on, a running inference is discarded."""
@@ -140,9 +153,43 @@ class VlaNode(LifecycleNode):
         self._tear_down()
         return SUCCESS
 
-    def shut_down(self) -> None:
-        """What the process does last (see ros/process.py)."""
-        self._tear_down()
+    def shut_down(self) -> bool:
+        """What the process does last (see ros/process.py); False when a thread would not end."""
+        loading = self._loader is not None and self._loader.is_alive()
+        return self._tear_down() and not loading
+
+    def _load(self, config: PolicyConfig):
+        """Load and warm up the policy in a thread, so that a signal need not wait for it.
+
+        Raises:
+            SpecPruneError: see loading.load_policy, or the process is to end.
+        """
+        done: list = []
+
+        def load() -> None:
+            try:
+                policy = load_policy(config)
+                policy.warm_up()
+                done.append(policy)
+            except Exception as error:  # carried to the executor's thread
+                done.append(error)
+
+        self._loader = threading.Thread(target=load, name='load', daemon=True)
+        self._loader.start()
+        while self._loader.is_alive():
+            self._loader.join(POLL_S)
+            if self._stop.is_set():
+                raise SpecPruneError('the process is to end: loading is given up')
+        if isinstance(done[0], Exception):
+            raise done[0]
+        return done[0]
+
+    def _check_topics(self, config: PolicyConfig) -> None:
+        for topic in config.robot.image_topics().values():
+            try:
+                self.resolve_topic_name(topic)
+            except Exception as error:  # rclpy has its own kind for every rule
+                raise ConfigError('robot.camera_topics', topic, str(error)) from error
 
     def _set_up(self, config: PolicyConfig, policy) -> None:
         self._config = config
@@ -150,8 +197,12 @@ class VlaNode(LifecycleNode):
         self._late_s = config.runtime.max_result_age_s
         self._inbox = Inbox(config.robot, config.runtime)
         self._outputs = {
-            'chunk': self.create_publisher(ActionChunk, '~/action_chunk', qos.RELIABLE),
-            'pruning': self.create_publisher(PruningDiagnostics, '~/pruning', qos.RELIABLE),
+            'chunk': self.create_publisher(
+                ActionChunk,
+                '~/action_chunk',
+                qos.chunk(config.robot.horizon * config.robot.step_dt_s),
+            ),
+            'pruning': self.create_publisher(PruningDiagnostics, '~/pruning', qos.REPORTS),
         }
         self._overlays = {
             name: self.create_publisher(Image, f'~/overlay/{name}', qos.RELIABLE)
@@ -172,15 +223,17 @@ class VlaNode(LifecycleNode):
         if self._worker is not None:
             self._worker.reset()
 
-    def _tear_down(self) -> None:
+    def _tear_down(self) -> bool:
         self._stop_inputs()
-        if self._worker is not None and not self._worker.stop(STOP_S):
+        ended = self._worker is None or self._worker.stop(STOP_S)
+        if not ended:
             self._fault('hung', f'an inference did not end within {STOP_S:g} s; abandoned')
         for publisher in (*self._outputs.values(), *self._overlays.values()):
             self.destroy_publisher(publisher)
         self._outputs, self._overlays = {}, {}
         self._worker, self._inbox, self._config, self._hardware = None, None, None, ''
         gc.collect()  # the model, and with it the GPU's memory
+        return ended
 
     def _subscribe(self, kind: type, topic: str, callback, profile) -> None:
         self._inputs.append(self.create_subscription(kind, topic, callback, profile))
@@ -209,11 +262,12 @@ class VlaNode(LifecycleNode):
                     self._ticket += 1
 
     def _on_executed(self, msg: ExecutedAction) -> None:
-        if not msg.dry_run:
-            self._worker.observe(conversions.executed_from_msg(msg), self._inbox.images)
+        self._worker.observe(conversions.executed_from_msg(msg), self._inbox.images)
 
     def _on_query(self) -> None:
         """Leave one observation for the inference thread, or say why there is none."""
+        if not self._inbox.has_task:
+            return  # waiting for a task is a state, and `inputs` in the diagnostics says so
         with self._counting():
             observation = self._inbox.observation(self._now_ns())
             self._worker.submit(Job(self._ticket, observation))
@@ -228,13 +282,16 @@ class VlaNode(LifecycleNode):
             conversions.report_to_msg(result.report),
         )
         with self._gate:
-            if not self._active or job.ticket != self._ticket or self._is_late(job, now):
+            if self._is_void(job) or self._is_late(job, now):
                 self._health.discarded()
                 return
             self._outputs['chunk'].publish(chunk)
             self._outputs['pruning'].publish(report)
         self._health.inferred(result)
         self._publish_overlays(job, result)
+
+    def _is_void(self, job: Job) -> bool:
+        return not self._active or job.ticket != self._ticket
 
     def _is_late(self, job: Job, now_ns: int) -> bool:
         """Whether the observation is too old for its chunk to be acted on."""
@@ -252,7 +309,11 @@ class VlaNode(LifecycleNode):
             overlay = draw_overlay(image, result.report, camera, opacity)
             stamp_ns = job.observation.image_stamps_ns[camera]
             frame_id = self._frame_ids.get(camera, '')
-            publisher.publish(conversions.image_to_msg(overlay, stamp_ns, frame_id))
+            msg = conversions.image_to_msg(overlay, stamp_ns, frame_id)
+            with self._gate:
+                if self._is_void(job):
+                    return
+                publisher.publish(msg)
 
     def _on_error(self, error: Exception) -> None:
         if isinstance(error, SpecPruneError):
@@ -267,9 +328,10 @@ class VlaNode(LifecycleNode):
         """Validate; what is fixed while configured, and what does not fit, keeps its old value."""
         try:
             config = self._settings.with_changes(parameters)
-            fixed = fixed_changes(parameters) if self._config is not None else []
-            if fixed:
-                raise ConfigError(fixed[0], '...', 'is fixed once configured: clean up first')
+            for parameter in fixed_changes(parameters) if self._config is not None else []:
+                raise ConfigError(
+                    parameter.name, parameter.value, 'is fixed once configured: clean up first'
+                )
             if self._worker is not None and config.pruning != self._config.pruning:
                 self._worker.set_pruning(checked_pruning(config))
                 self._config = config
@@ -280,7 +342,7 @@ class VlaNode(LifecycleNode):
         return SetParametersResult(successful=True)
 
     def _publish_diagnostics(self) -> None:
-        now, name = self._now_ns(), self.get_name()
+        now, name = self._now_ns(), diagnostics.node_name(self)
         statuses = [
             self._input_status(now),
             diagnostics.status(
@@ -294,7 +356,7 @@ class VlaNode(LifecycleNode):
         self._diagnostics.publish(diagnostics.array(now, self._hardware, statuses))
 
     def _input_status(self, now_ns: int) -> DiagnosticStatus:
-        name = f'{self.get_name()}: inputs'
+        name = f'{diagnostics.node_name(self)}: inputs'
         if not self._active:
             return diagnostics.status(name, diagnostics.OK, self._state(), {})
         ages = self._inbox.age_s(now_ns)
