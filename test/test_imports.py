@@ -67,6 +67,13 @@ def run_python(code: str) -> str:
     return done.stdout
 
 
+def test_what_the_node_needs_before_configure_needs_no_torch():
+    modules = 'types errors config config_files checks images inbox overlay health worker loading'
+    names = ', '.join(f'specprune_ros.{name}' for name in modules.split())
+    out = run_python(f"import sys, {names}; print('torch' in sys.modules)")
+    assert out.strip() == 'False'
+
+
 def without(packages: set[str]) -> str:
     """Code that makes packages absent: importing one fails, looking for one finds nothing."""
     return f'import sys\nfor name in {sorted(packages)!r}: sys.modules[name] = None\n'

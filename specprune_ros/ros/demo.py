@@ -119,20 +119,25 @@ def start(module: str, out: Path, *arguments: str) -> subprocess.Popen:
         )
 
 
-def stop(process: subprocess.Popen) -> str:
-    """SIGINT a process.
+def stop(processes: dict[str, subprocess.Popen]) -> list[str]:
+    """SIGINT all processes at once.
 
     Returns:
-        '' when it ended with status 0 in time, else what went wrong.
+        What went wrong: any that did not end with status 0 in time.
     """
-    process.send_signal(signal.SIGINT)
-    try:
-        status = process.wait(STOP_S)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-        return f'did not end within {STOP_S:g} s of SIGINT'
-    return f'ended with status {status}' if status else ''
+    for process in processes.values():
+        process.send_signal(signal.SIGINT)
+    problems, end = [], time.monotonic() + STOP_S
+    for name, process in processes.items():
+        try:
+            status = process.wait(max(end - time.monotonic(), 0.0))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            problems.append(f'{name} did not end within {STOP_S:g} s of SIGINT')
+        else:
+            problems += [f'{name} ended with status {status}'] if status else []
+    return problems
 
 
 def watch(watcher: Watcher, processes: dict[str, subprocess.Popen], chunks: int) -> str:
@@ -191,9 +196,7 @@ def run(arguments: argparse.Namespace, console: Console) -> list[str]:
         problems.append('interrupted')
     finally:
         rclpy.try_shutdown()
-        for name, process in processes.items():
-            result = stop(process)
-            problems.append(f'{name} {result}' if result else '')
+        problems += stop(processes)
     console.print(log.finish())
     console.print(f'{arguments.out}: overlays/, queries.png, reports.jsonl, chunks.npz, *.log')
     return [problem for problem in problems if problem]

@@ -35,7 +35,7 @@ from specprune_ros.ros.process import spin_process
 from specprune_ros.types import PolicyResult
 from specprune_ros.worker import InferenceWorker, Job
 
-STOP_S = 1.5  # how long cleanup waits for a running inference
+STOP_S = 1.0  # how long cleanup waits for a running inference
 POLL_S = 0.05  # how often loading looks whether the process is to end
 TRANSPORTS = {'raw': (Image, ''), 'compressed': (CompressedImage, '/compressed')}
 SUCCESS, FAILURE = TransitionCallbackReturn.SUCCESS, TransitionCallbackReturn.FAILURE
