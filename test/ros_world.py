@@ -28,6 +28,7 @@ from specprune_ros.msg import ActionChunk, ExecutedAction, PruningDiagnostics
 from specprune_ros.ros import conversions, qos
 from specprune_ros.ros.arguments import ros_arguments
 from specprune_ros.ros.lifecycle import LifecycleClient
+from specprune_ros.ros.process import shut_down_rclpy
 from specprune_ros.types import Mode
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -238,4 +239,4 @@ def ros_domain(offset: int) -> Iterator[None]:
         patch.setenv('ROS_AUTOMATIC_DISCOVERY_RANGE', 'LOCALHOST')
         rclpy.init()
         yield
-        rclpy.try_shutdown()
+        shut_down_rclpy()

@@ -55,7 +55,7 @@ class TestReplay(unittest.TestCase):
     @classmethod
     def tearDownClass(cls):
         cls.world.destroy_node()
-        rclpy.try_shutdown()
+        rclpy.shutdown()
 
     def test_reports_come_by_themselves(self):
         assert self.world.run(CHUNKS_S, lambda: len(self.world.reports) >= 8)

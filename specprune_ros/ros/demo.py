@@ -33,6 +33,7 @@ from specprune_ros.recordings import open_recording
 from specprune_ros.ros import conversions, qos
 from specprune_ros.ros.arguments import ros_arguments
 from specprune_ros.ros.lifecycle import LifecycleClient
+from specprune_ros.ros.process import shut_down_rclpy
 from specprune_ros.runlog import RunLog
 
 PARAMS = ('robots/libero_franka', 'models/tiny', 'pruning/specprune', 'node')
@@ -195,7 +196,7 @@ def run(arguments: argparse.Namespace, console: Console) -> list[str]:
     except KeyboardInterrupt:
         problems.append('interrupted')
     finally:
-        rclpy.try_shutdown()
+        shut_down_rclpy()
         problems += stop(processes)
     console.print(log.finish())
     console.print(f'{arguments.out}: overlays/, queries.png, reports.jsonl, chunks.npz, *.log')

@@ -28,6 +28,12 @@ class StoppableNode(Protocol):
         """As rclpy.node.Node does."""
 
 
+def shut_down_rclpy() -> None:
+    """Shut rclpy down unless it is already (rclpy.try_shutdown() is newer than Humble)."""
+    if rclpy.ok():
+        rclpy.shutdown()
+
+
 def spin_process(
     make_node: Callable[[threading.Event], StoppableNode], args: list[str] | None = None
 ) -> int:
@@ -51,7 +57,7 @@ def spin_process(
         node = make_node(stop)
     except ParameterException as error:
         print(error, file=sys.stderr)
-        rclpy.try_shutdown()
+        shut_down_rclpy()
         return 2
     executor = SingleThreadedExecutor()
     executor.add_node(node)
@@ -65,7 +71,7 @@ def spin_process(
         clean = node.shut_down()
         executor.shutdown(timeout_sec=1.0)
         node.destroy_node()
-        rclpy.try_shutdown()
+        shut_down_rclpy()
         # What still refers to the DDS participant must go now, or peers see a ghost; the rest,
         # torch and transformers, would cost the interpreter's last collections a second.
         del node, executor

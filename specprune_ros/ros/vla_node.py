@@ -16,8 +16,10 @@ import traceback
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
 from rcl_interfaces.msg import SetParametersResult
 from rclpy.clock import Clock, ClockType
+from rclpy.exceptions import InvalidTopicNameException
 from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
 from rclpy.parameter import Parameter
+from rclpy.validate_topic_name import validate_topic_name
 from sensor_msgs.msg import CompressedImage, Image, JointState
 from std_msgs.msg import String
 
@@ -184,11 +186,12 @@ class VlaNode(LifecycleNode):
             raise done[0]
         return done[0]
 
-    def _check_topics(self, config: PolicyConfig) -> None:
+    @staticmethod
+    def _check_topics(config: PolicyConfig) -> None:
         for topic in config.robot.image_topics().values():
             try:
-                self.resolve_topic_name(topic)
-            except Exception as error:  # rclpy has its own kind for every rule
+                validate_topic_name(topic)
+            except InvalidTopicNameException as error:
                 raise ConfigError('robot.camera_topics', topic, str(error)) from error
 
     def _set_up(self, config: PolicyConfig, policy) -> None:
