@@ -23,7 +23,16 @@ if [ "$_sp_ros" = wheels ]; then # the venv is the ROS prefix
     *) export AMENT_PREFIX_PATH="$_sp_root/.venv${AMENT_PREFIX_PATH:+:$AMENT_PREFIX_PATH}" ;;
   esac
 fi
+# colcon's script calls this Python unquoted: the one behind .venv has no space in its path.
+_sp_colcon_python=${COLCON_PYTHON_EXECUTABLE-unset}
+export COLCON_PYTHON_EXECUTABLE=$(readlink -f "$_sp_root/.venv/bin/python")
 . "$_sp_root/.ws/install/local_setup.$_sp_shell"
+_sp_status=$?
+if [ "$_sp_colcon_python" = unset ]; then
+  unset COLCON_PYTHON_EXECUTABLE
+else
+  COLCON_PYTHON_EXECUTABLE=$_sp_colcon_python
+fi
 
 : "${FASTDDS_DEFAULT_PROFILES_FILE:=$_sp_root/config/fastdds.xml}"
 export FASTDDS_DEFAULT_PROFILES_FILE
@@ -34,4 +43,5 @@ case ${ROS_DISTRO:-} in
 esac
 export ROS_AUTOMATIC_DISCOVERY_RANGE="${ROS_AUTOMATIC_DISCOVERY_RANGE:-LOCALHOST}"
 
-unset _sp_root _sp_shell _sp_ros
+unset _sp_root _sp_shell _sp_ros _sp_colcon_python
+[ "$_sp_status" = 0 ] # what sourcing this file returns

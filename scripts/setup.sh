@@ -26,6 +26,13 @@ find_python() { # prints the first interpreter that passes the Python test $1
   return 1
 }
 
+# One setup at a time: the demo and the tests may be started side by side.
+exec 9>.setup.lock
+if command -v flock >/dev/null && ! flock -n 9; then
+  say 'waiting for another setup of this checkout'
+  flock 9
+fi
+
 # Entries of an earlier `. scripts/env.sh` must not leak into what is built now.
 for name in PATH PYTHONPATH LD_LIBRARY_PATH {AMENT,CMAKE,COLCON}_PREFIX_PATH; do
   value=$(tr : '\n' <<<"${!name-}" | grep -vE "^($root/\.(venv|ws)(/|$)|$)" | paste -sd :) || true
@@ -61,7 +68,7 @@ for tool in cc c++ make; do
 done
 
 # The environment: made anew when the interpreter or the ROS below it changed.
-kind="$ros, Python $version, $python"
+kind="$ros, Python $version, $python, $root"
 if [ -e .venv ] && [ "$(cat .venv/specprune_ros_kind 2>/dev/null)" != "$kind" ]; then
   [ -e .venv/specprune_ros_kind ] || die '.venv exists but is not from this script: move it away'
   rm -rf .venv .ws
@@ -74,11 +81,11 @@ wanted=$(
 )
 if [ "$(cat .venv/specprune_ros_stamp 2>/dev/null)" != "$wanted" ]; then
   : >"$log"
-  if [ ! -e .venv ]; then
-    say "making .venv ($kind)"
+  if [ ! -x .venv/bin/pip ]; then # none yet, or an interrupted one
+    say "making .venv (${kind%, *})"
+    mkdir -p .venv && echo "$kind" >.venv/specprune_ros_kind
     site=; [ "$ros" = wheels ] || site=--system-site-packages
     quietly "$python" -m venv $site .venv
-    echo "$kind" >.venv/specprune_ros_kind
   fi
   quietly .venv/bin/python -m pip install --no-deps -e .
 
