@@ -45,10 +45,12 @@ def check_proprio(proprio: np.ndarray | None, width: int) -> None:
         raise ObservationError('joint_missing', 'joint_states', None, 'no joint state')
     if len(proprio) != width:
         raise ObservationError(
-            'joint_width', 'joint_states', list(proprio), f'must hold {width} positions'
+            'joint_width', 'joint_states', f'{len(proprio)} positions', f'must be {width}'
         )
     if not np.isfinite(proprio).all():
-        raise ObservationError('joint_not_finite', 'joint_states', list(proprio), 'must be finite')
+        raise ObservationError(
+            'joint_not_finite', 'joint_states', np.asarray(proprio).tolist(), 'must be finite'
+        )
 
 
 def executed_displacement(
@@ -72,6 +74,9 @@ def executed_displacement(
     picked = np.array([values[name] for name in wanted])
     if not np.isfinite(picked).all():
         raise ObservationError(
-            'action_not_finite', 'executed_action.data', list(action.data), 'must be finite'
+            'action_not_finite',
+            'executed_action.data',
+            np.asarray(action.data).tolist(),
+            'must be finite',
         )
     return picked[:3] / robot.translation_scale, picked[3:] / robot.rotation_scale

@@ -21,6 +21,7 @@ MODE_COLORS = {
     Mode.FINE: '#0072b2',
     Mode.FALLBACK: '#cc0000',
 }
+CAMERA_COLORS = ('#000000', '#009e73', '#cc79a7', '#56b4e9')  # unlike the modes'
 STAND_IN_NOTE = 'stand-in model with random weights: its actions mean nothing'
 
 
@@ -207,19 +208,25 @@ def plot_queries(reports: list[PruneReport], path: Path) -> None:
     for index, camera in enumerate(reports[0].cameras):
         share = [100 * r.tokens_static[index] / r.tokens_total[index] for r in reports]
         kept = [100 * r.tokens_kept[index] / r.tokens_total[index] for r in reports]
-        (line,) = tokens.plot(query, share, label=f'{camera} after static')
-        tokens.plot(query, kept, '--', color=line.get_color(), label=f'{camera} after layers')
+        color = CAMERA_COLORS[index % len(CAMERA_COLORS)]
+        tokens.plot(query, share, color=color, label=f'{camera} after static')
+        tokens.plot(query, kept, '--', color=color, label=f'{camera} after layers')
     tokens.set(ylabel='patches kept, %', ylim=(0, 105))
     tokens.legend(fontsize=8, ncol=max(len(reports[0].cameras), 1))
     speed.plot(query, [r.translation_speed for r in reports], 'k.-', label='v_t')
     speed.plot(query, [r.rotation_speed for r in reports], '.-', color='#999999', label='v_r')
-    speed.set(ylabel='executed speed, 1')
+    speed.set(ylabel='executed speed,\n1 = full command')
     modes = [Mode(report.mode) for report in reports]
     for axis in (tokens, speed):
         for at, mode in enumerate(modes):
             axis.axvspan(at - 0.5, at + 0.5, color=MODE_COLORS[mode], alpha=0.12, lw=0)
     handles = [Patch(color=MODE_COLORS[m], alpha=0.3, label=m.name.lower()) for m in set(modes)]
-    speed.legend(handles=[*speed.get_lines(), *handles], fontsize=8, ncol=2)
+    speed.legend(
+        handles=[*speed.get_lines(), *handles],
+        fontsize=8,
+        loc='center left',
+        bbox_to_anchor=(1, 0.5),
+    )
     latency.bar(query, [1e3 * r.latency_total_s for r in reports], color='#cccccc', label='total')
     latency.bar(
         query, [1e3 * r.latency_decode_s for r in reports], color='#444444', label='decode'

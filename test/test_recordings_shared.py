@@ -30,7 +30,7 @@ FIXED = {Mode.COARSE: 69, Mode.FINE: 84}  # of 256 patches, at alpha 0.8
 def find(name: str) -> Path:
     path = DATA / name if name == 'pick_place' else FOLDER / name
     if not path.exists():
-        pytest.skip(f'{path} is not there')
+        pytest.skip(f'optional recording {name} is not in SPECPRUNE_RECORDINGS')
     return path
 
 

@@ -26,7 +26,7 @@ from sensor_msgs.msg import Image
 
 from specprune_ros.config import AXES, PolicyConfig
 from specprune_ros.config_files import load_config
-from specprune_ros.errors import SpecPruneError
+from specprune_ros.errors import ConfigError, SpecPruneError
 from specprune_ros.msg import ActionChunk, PruningDiagnostics
 from specprune_ros.offline import fit_robot
 from specprune_ros.recordings import open_recording
@@ -163,6 +163,8 @@ def watch(watcher: Watcher, processes: dict[str, subprocess.Popen], chunks: int)
 
 def run(arguments: argparse.Namespace, console: Console) -> list[str]:
     """Run the demo; returns what went wrong."""
+    if arguments.chunks < 1:
+        raise ConfigError('--chunks', arguments.chunks, 'must be at least 1')
     recording = open_recording(arguments.recording, instruction=arguments.instruction)
     config = fit_robot(load_config(arguments.params or PARAMS), recording)
     log = RunLog(arguments.out)
@@ -199,6 +201,8 @@ def run(arguments: argparse.Namespace, console: Console) -> list[str]:
         shut_down_rclpy()
         problems += stop(processes)
     console.print(log.finish())
+    if not recording.has_actions:
+        console.print('no executed actions in the recording: motion is unknown, so pruned gently')
     console.print(f'{arguments.out}: overlays/, queries.png, reports.jsonl, chunks.npz, *.log')
     return [problem for problem in problems if problem]
 

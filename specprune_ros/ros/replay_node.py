@@ -24,6 +24,7 @@ from specprune_ros.msg import ExecutedAction as ExecutedActionMsg
 from specprune_ros.recordings import Recording, open_recording
 from specprune_ros.recordings.base import CameraEvent, Event, InstructionEvent, JointEvent
 from specprune_ros.ros import conversions, diagnostics, qos
+from specprune_ros.ros.params import FOREIGN
 from specprune_ros.ros.process import spin_process
 from specprune_ros.types import ExecutedAction
 
@@ -52,8 +53,12 @@ class ReplayNode(Node):
         self._halt = threading.Event()
         self._health = Health()
         self._declare()
+        for name, given in getattr(self, '_parameter_overrides', {}).items():
+            if not self.has_parameter(name) and not name.startswith(FOREIGN):
+                self._fault(ConfigError(name, given.value, 'unknown parameter, ignored'))
         self._sinks: dict[str, object] = {}
         self._played = 0
+        self._state = 'waiting'
         self._diagnostics = self.create_publisher(DiagnosticArray, '/diagnostics', qos.DIAGNOSTICS)
         self.create_timer(diagnostics.PERIOD_S, self._publish_diagnostics)
         self._thread = threading.Thread(target=self._run, name='replay', daemon=True)
@@ -98,9 +103,11 @@ class ReplayNode(Node):
             while self._play(recording) and self._value('loop'):
                 pass
             if not self._halt.is_set():
+                self._state = 'ended'
                 self.get_logger().info(f'end of {recording.path}: {self._played} events')
         except SpecPruneError as error:
             self._failed.set()
+            self._state = 'failed'
             self._fault(error)
         if self._value('exit_at_end'):
             self._stop.set()
@@ -139,6 +146,11 @@ class ReplayNode(Node):
     def _wait_for_subscriber(self, recording: Recording) -> None:
         end = time.monotonic() + self._value('wait_for_subscriber_s')
         first = self._sinks[recording.cameras[0]]
+        if first.get_subscription_count() == 0 and time.monotonic() < end:
+            self.get_logger().info(
+                f'waiting for a subscriber of {first.topic_name}, '
+                f'{self._value("wait_for_subscriber_s"):g} s at most'
+            )
         while first.get_subscription_count() == 0 and time.monotonic() < end:
             if self._halt.wait(POLL_S):
                 return
@@ -146,6 +158,7 @@ class ReplayNode(Node):
     def _play(self, recording: Recording) -> bool:
         """One pass through the recording, in its own time; False when it was halted."""
         rate, start = self._value('rate'), time.monotonic()
+        self._state = 'playing'
         for event in recording.events():
             if isinstance(event, ObservationError):
                 self._fault(event)
@@ -192,10 +205,10 @@ class ReplayNode(Node):
     def _publish_diagnostics(self) -> None:
         name = diagnostics.node_name(self)
         level = diagnostics.ERROR if self._failed.is_set() else diagnostics.OK
-        state = 'playing' if self._thread.is_alive() else 'ended'
-        state = 'failed' if self._failed.is_set() else state
         statuses = [
-            diagnostics.status(f'{name}: replay', level, state, {'events': str(self._played)}),
+            diagnostics.status(
+                f'{name}: replay', level, self._state, {'events': str(self._played)}
+            ),
             diagnostics.fault_status(name, self._health),
         ]
         now = self.get_clock().now().nanoseconds

@@ -82,6 +82,7 @@ class VlaNode(LifecycleNode):
         for stranger, value in self._settings.strangers().items():
             error = ConfigError(stranger, value, 'unknown parameter, ignored')
             self._fault(error.code, str(error))
+        self.get_logger().info('up and unconfigured: configure and activate it')
 
     # Lifecycle -------------------------------------------------------------------------------
 
