@@ -47,6 +47,13 @@ def test_local_and_global_sets(camera):
     expected = data[f'vglobal_union_k6_view{camera}'].tolist()
     assert expected in [union(list(pair), 6).tolist() for pair in pairs]
 
+    def mean(layers: list[int], k: int) -> np.ndarray:
+        fused = torch.stack([score[layer] for layer in layers]).mean(dim=0)
+        return ids[scores.top_k_rank(fused, k).isfinite()[0].numpy()]
+
+    pair = next(list(pair) for pair in pairs if union(list(pair), 6).tolist() == expected)
+    assert mean(pair, 6).tolist() == data[f'vglobal_mean_k6_view{camera}'].tolist()
+
 
 @pytest.mark.golden
 @pytest.mark.parametrize('base', [0, 1])

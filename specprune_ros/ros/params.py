@@ -30,12 +30,11 @@ class Parameters:
         self._node = node
         self._given = dict(getattr(node, '_parameter_overrides', {}))
         self._bad: dict[str, object] = {}
-        self._defaults = PolicyConfig()
+        defaults = PolicyConfig()
         for axis, cls in AXES.items():
             for spec in dataclasses.fields(cls):
-                self._declare(
-                    f'{axis}.{spec.name}', getattr(getattr(self._defaults, axis), spec.name), spec
-                )
+                default = getattr(getattr(defaults, axis), spec.name)
+                self._declare(f'{axis}.{spec.name}', default, spec)
 
     def read(self) -> PolicyConfig:
         """The configuration that holds now.
