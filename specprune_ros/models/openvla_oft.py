@@ -6,7 +6,6 @@ Source: openvla_oft spec, sections 4 to 8.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -15,34 +14,13 @@ from torch import Tensor, nn
 
 from specprune_ros.models.base import ModelInfo, Prompt
 from specprune_ros.models.decoder import Decoder
+from specprune_ros.models.prompt import PromptTokens, Tokenizer
 from specprune_ros.models.vit import TowerConfig, VisionTower
 from specprune_ros.token_layout import Span, TokenLayout
 
 DINO_MEAN, DINO_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SIGLIP_MEAN, SIGLIP_STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 BOUNDS_EPS = 1e-8  # in the denominator of the normalisation
-
-
-@dataclass(frozen=True, eq=False)
-class PromptTokens:
-    """A tokenised prompt.
-
-    Attributes:
-        ids: token ids, BOS first, the lone space piece last (openvla_oft spec, section 6).
-        instruction: which of `ids` are the user's words.
-    """
-
-    ids: tuple[int, ...]
-    instruction: Span
-
-
-class Tokenizer(Protocol):
-    """What the model needs of a tokenizer."""
-
-    stop_id: int
-
-    def prompt(self, instruction: str) -> PromptTokens:
-        """Tokenise the prompt template of section 6 around the lower-cased instruction."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -23,10 +23,10 @@ from specprune_ros.models.openvla_oft import (
     Bounds,
     OpenVLAOFT,
     Projector,
-    PromptTokens,
     ProprioProjector,
     VisionBackbone,
 )
+from specprune_ros.models.prompt import PromptTokens
 from specprune_ros.models.vit import TowerConfig
 from specprune_ros.token_layout import Span
 
