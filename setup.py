@@ -42,8 +42,8 @@ setup(
         'rosbags>=0.11',
     ],
     extras_require={
-        'model': ['transformers>=4.50'],
+        'model': ['pillow', 'safetensors', 'simplejpeg', 'transformers>=4.50'],
         # pytest 9 drops a hook that launch_testing's plugin uses: every pytest run would die.
-        'test': ['hypothesis', 'pytest>=7,<9', 'pytest-timeout', 'ruff'],
+        'test': ['hypothesis', 'pytest>=7,<9', 'pytest-timeout', 'ruff', 'sentencepiece'],
     },
 )

@@ -13,6 +13,11 @@ if TYPE_CHECKING:
 COMMANDS = {
     'torch': 'pip install torch (pytorch.org names the build for your GPU)',
     'transformers': 'pip install "transformers>=4.50"',
+    'simplejpeg': 'pip install simplejpeg',
+    'PIL': 'pip install pillow',
+    'safetensors': 'pip install safetensors',
+    'tokenizers': 'pip install tokenizers',
+    'sentencepiece': 'pip install sentencepiece',
 }
 
 
@@ -21,7 +26,7 @@ def load_policy(config: PolicyConfig) -> Policy:
 
     Raises:
         MissingDependencyError: torch or another package is missing.
-        ConfigError, CheckpointError: see models.load_model.
+        ConfigError, CheckpointError: see models.load.
     """
     try:
         from specprune_ros.policy import Policy
