@@ -1,6 +1,7 @@
 """vla_node, its parameters from one file per axis, and optionally a replay.
 
-ros2 launch specprune_ros vla.launch.py robot:=libero_franka recording:=/path/to/bag
+ros2 launch specprune_ros vla.launch.py recording:=/path/to/bag
+ros2 launch specprune_ros vla.launch.py robot:=libero_franka checkpoint:=/path/to/folder
 """
 
 import os
@@ -21,6 +22,7 @@ from launch.substitutions import LaunchConfiguration
 from launch_ros.actions import LifecycleNode
 from launch_ros.event_handlers import OnStateTransition
 from launch_ros.events.lifecycle import ChangeState
+from launch_ros.parameter_descriptions import ParameterValue
 from lifecycle_msgs.msg import Transition
 
 from launch import LaunchContext, LaunchDescription
@@ -28,8 +30,14 @@ from specprune_ros.config_files import load_config
 
 SHARE = get_package_share_directory('specprune_ros')
 ARGUMENTS = {
-    'robot': ('libero_franka', 'a file of config/robots, or a path'),
-    'model': ('tiny', 'a file of config/models, or a path'),
+    'robot': (
+        '',
+        'a file of config/robots, or a path; empty: libero_franka for a checkpoint, '
+        'libero_franka_3cam for the stand-in',
+    ),
+    'model': ('', 'a file of config/models, or a path; empty: tiny, openvla_oft for a checkpoint'),
+    'checkpoint': ('', "folder of the model's weights; empty: the model file's"),
+    'unnorm_key': ('', "dataset in the checkpoint's statistics; empty: the model file's"),
     'pruning': ('specprune', 'a file of config/pruning, or a path'),
     'params_file': ('', 'a parameter file that outranks the robot, model and pruning files'),
     'cameras': ('', "camera names, e.g. 'wrist,side'; empty: the robot file's"),
@@ -49,6 +57,38 @@ def config_file(axis: str, name: str) -> str:
     """Path of a shipped parameter file, or the given path."""
     shipped = os.path.join(SHARE, 'config', axis, f'{name}.yaml')
     return shipped if os.path.isfile(shipped) else os.path.abspath(name)
+
+
+def parameter_files(value: dict[str, str]) -> list[str]:
+    """Parameter files, later ones first in rank."""
+    stand_in = not value['checkpoint']
+    model = value['model'] or ('tiny' if stand_in else 'openvla_oft')
+    robot = value['robot'] or ('libero_franka_3cam' if stand_in else 'libero_franka')
+    files = [
+        config_file('robots', robot),
+        config_file('models', model),
+        config_file('pruning', value['pruning']),
+        os.path.join(SHARE, 'config', 'node.yaml'),
+    ]
+    return [*files, value['params_file']] if value['params_file'] else files
+
+
+def parameter_overrides(value: dict[str, str]) -> dict[str, object]:
+    """Parameters that arguments set, flat names -> values."""
+    overrides: dict[str, object] = {}
+    if value['checkpoint']:
+        # Relative to where launch was started, wherever the node runs.
+        folder = os.path.expanduser(value['checkpoint'])
+        overrides['model.checkpoint'] = os.path.abspath(folder)
+    if value['unnorm_key']:
+        overrides['model.unnorm_key'] = value['unnorm_key']
+    if value['dry_run']:
+        overrides['runtime.dry_run'] = value['dry_run'].lower() != 'false'
+    if value['cameras']:
+        overrides['robot.camera_names'] = [name.strip() for name in value['cameras'].split(',')]
+    if value['transport']:
+        overrides['robot.camera_transports'] = [value['transport']]
+    return overrides
 
 
 def autostart_events(node: LifecycleNode) -> list:
@@ -78,22 +118,20 @@ def autostart_events(node: LifecycleNode) -> list:
 def setup(context: LaunchContext) -> list:
     """Actions that need the arguments' values."""
     value = {name: LaunchConfiguration(name).perform(context) for name in ARGUMENTS}
-    files = [config_file(f'{axis}s', value[axis]) for axis in ('robot', 'model')]
-    files += [config_file('pruning', value['pruning']), os.path.join(SHARE, 'config', 'node.yaml')]
-    files += [value['params_file']] if value['params_file'] else []
-    overrides = {}
-    if value['dry_run']:
-        overrides['runtime.dry_run'] = value['dry_run'].lower() != 'false'
-    if value['cameras']:
-        overrides['robot.camera_names'] = [name.strip() for name in value['cameras'].split(',')]
-    if value['transport']:
-        overrides['robot.camera_transports'] = [value['transport']]
+    files, overrides = parameter_files(value), parameter_overrides(value)
+    texts = {name: text for name, text in overrides.items() if isinstance(text, str)}
+    # Else launch reads a text as YAML, in which a folder `/a #1` is `/a`.
+    texts = {name: ParameterValue(text, value_type=str) for name, text in texts.items()}
     node = LifecycleNode(
         package='specprune_ros',
         executable='vla_node',
         name='vla_node',
         namespace=value['namespace'],
-        parameters=[*files, overrides, {'use_sim_time': value['use_sim_time'].lower() == 'true'}],
+        parameters=[
+            *files,
+            {**overrides, **texts},
+            {'use_sim_time': value['use_sim_time'].lower() == 'true'},
+        ],
         ros_arguments=['--log-level', value['log_level']],
         output='screen',
     )

@@ -55,17 +55,20 @@ def check_proprio(proprio: np.ndarray | None, width: int) -> None:
 
 def executed_displacement(
     action: ExecutedAction, robot: RobotConfig
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray] | None:
     """What an executed action moved, found by the elements' names.
 
     Returns:
-        Translation [3] and rotation [3] per control step, unit 1 (a full command).
+        Translation [3] and rotation [3] per control step, unit 1 (a full command); None for a
+        robot whose actions do not say what moved (no translation_names).
 
     Raises:
         ObservationError: action_names or action_not_finite.
     """
     values = dict(zip(action.names, np.asarray(action.data, float), strict=False))
     wanted = (*robot.translation_names, *robot.rotation_names)
+    if not wanted:
+        return None
     missing = [name for name in wanted if name not in values]
     if missing:
         raise ObservationError(

@@ -23,7 +23,7 @@ def setting(
     *,
     low: float | None = None,
     high: float | None = None,
-    choices: tuple[str, ...] = (),
+    choices: tuple[str | int, ...] = (),
     unit: str = '',
     live: bool = False,
 ) -> typing.Any:
@@ -57,8 +57,23 @@ class RobotConfig:
     camera_transports: tuple[str, ...] = setting(
         ('raw',), 'image transport, one for all cameras or one each', choices=('raw', 'compressed')
     )
+    camera_rotations: tuple[int, ...] = setting(
+        (0,),
+        'degrees by which an image is turned before the model sees it (a camera mounted upside '
+        'down, LIBERO), one for all cameras or one each',
+        choices=(0, 180), unit='deg',
+    )  # fmt: skip
+    source_size: int = setting(
+        0,
+        'side of the square to which every image is shrunk first, where the training data were '
+        '(ALOHA: 256); 0: not',
+        low=0, high=4096, unit='px',
+    )  # fmt: skip
     joint_names: tuple[str, ...] = setting(
-        (), 'joints of the proprioceptive state, in model order; empty: no proprioception'
+        (),
+        'elements of the proprioceptive state, in model order: joints of joint_states, or of '
+        'eef_pose eef_x, eef_y, eef_z (m), eef_ax, eef_ay, eef_az (axis-angle, rad); empty: no '
+        'proprioception',
     )
     action_names: tuple[str, ...] = setting(
         ('x', 'y', 'z', 'roll', 'pitch', 'yaw', 'gripper'), 'what each action element commands'
@@ -77,11 +92,27 @@ class RobotConfig:
     action_max: tuple[float, ...] = setting(
         (1.0,), 'greatest value, one for all action elements or one each; higher are clamped'
     )
+    normalization: str = setting(
+        'bounds_q99',
+        'which dataset statistics -1 and 1 stand for: q01 and q99, or min and max',
+        choices=('bounds_q99', 'bounds'),
+    )
+    gripper: str = setting(
+        'unchanged',
+        "what becomes of the model's gripper element, 0..1 with 1 = open: nothing; -1 open and +1 "
+        'close (LIBERO); -1 close and +1 open',
+        choices=('unchanged', 'close_positive', 'open_positive'),
+    )
+    gripper_names: tuple[str, ...] = setting(
+        ('gripper',), 'action elements that are grippers, for `gripper`'
+    )
     horizon: int = setting(8, 'steps in an action chunk', low=1, high=200)
     step_dt_s: float = setting(0.05, 'control period', low=0.001, high=2.0, unit='s')
     frame_id: str = setting('base_link', 'frame of Cartesian actions')
     translation_names: tuple[str, ...] = setting(
-        ('x', 'y', 'z'), 'executed-action elements that are the translation; z points up'
+        ('x', 'y', 'z'),
+        'executed-action elements that are the translation, z up; empty, both: motion stays '
+        'unknown, and every query prunes gently',
     )
     rotation_names: tuple[str, ...] = setting(
         ('roll', 'pitch', 'yaw'), 'executed-action elements that are the rotation'
@@ -98,6 +129,7 @@ class RobotConfig:
         width = len(self.action_names)
         sizes = {
             'camera_transports': len(self.camera_names),
+            'camera_rotations': len(self.camera_names),
             'action_units': width,
             'action_min': width,
             'action_max': width,
@@ -118,6 +150,11 @@ class RobotConfig:
         limits = zip(self.per_action('action_min'), self.per_action('action_max'), strict=True)
         if any(low > high for low, high in limits):
             raise ConfigError('robot.action_min', self.action_min, 'lies above robot.action_max')
+        for name in ('translation_names', 'rotation_names'):
+            if len(getattr(self, name)) != (3 if self.translation_names else 0):
+                raise ConfigError(
+                    f'robot.{name}', getattr(self, name), 'needs 3 names, or both lists none'
+                )
         if not self.camera_names:
             raise ConfigError('robot.camera_names', self.camera_names, 'needs at least one camera')
         if width == 0:
@@ -133,7 +170,7 @@ class RobotConfig:
         default = tuple(f'cameras/{name}/image_raw' for name in self.camera_names)
         return dict(zip(self.camera_names, self.camera_topics or default, strict=True))
 
-    def per_camera(self, name: str) -> dict[str, str]:
+    def per_camera(self, name: str) -> dict[str, str | int]:
         """Camera name -> its value of a field that holds one for all or one each."""
         values = getattr(self, name)
         values = values * len(self.camera_names) if len(values) == 1 else values
@@ -150,8 +187,39 @@ class ModelConfig:
     """Which model runs, and where."""
 
     name: str = setting('tiny', 'model, a key of specprune_ros.models.MODELS')
+    checkpoint: str = setting('', 'folder of the model, for all but tiny')
+    base_checkpoint: str = setting(
+        '', 'folder of the base model, for a checkpoint that holds only lora_adapter/'
+    )
     device: str = setting('auto', "torch device; 'auto' is cuda where there is one, else cpu")
-    seed: int = setting(0, 'seed of the stand-in weights', low=0, high=2**31 - 1)
+    dtype: str = setting(
+        'auto',
+        'number format of the weights; auto: bfloat16 on cuda, else float32',
+        choices=('auto', 'float32', 'bfloat16', 'float16'),
+    )
+    unnorm_key: str = setting(
+        '', 'dataset in dataset_statistics.json; empty: the only one that is there'
+    )
+    head: str = setting(
+        'auto',
+        'action head; auto: the one whose file is in the checkpoint, discrete without any',
+        choices=('auto', 'l1', 'discrete', 'diffusion'),
+    )
+    diffusion_steps: int = setting(
+        50, 'denoising steps of a diffusion head, one decoder pass each', low=1, high=50
+    )
+    preprocessing: str = setting(
+        'auto',
+        "exact: bit for bit the reference's, JPEG round trip included; fast: resize and crop in "
+        'one step; auto: exact for a checkpoint, fast for the stand-in',
+        choices=('auto', 'exact', 'fast'),
+    )
+    center_crop: bool = setting(
+        True, 'the model sees the centre 0.9 of the image area, as after training with crops'
+    )
+    seed: int = setting(
+        0, 'seed of the stand-in weights and of diffusion noise', low=0, high=2**31 - 1
+    )
     threads: int = setting(0, 'CPU threads of torch; 0 leaves its default', low=0, high=256)
 
     def __post_init__(self) -> None:
@@ -212,11 +280,22 @@ class PruneConfig:
     prune_layers: tuple[int, ...] = setting(
         (10, 15, 20, 25), 'layers after which tokens are pruned again', low=1, high=32
     )
+    update_layers: tuple[int, ...] = setting(
+        (),
+        'layers that update the scores of later pruning; empty: all after the static one that do '
+        'not prune themselves (Alg. 1); fewer are faster',
+        low=1, high=32,
+    )  # fmt: skip
     layer_keep_ratio: float = setting(
         0.9, 'gamma: share of visual tokens that a prune layer keeps', low=0.05, high=1.0, unit='1'
     )
     rank_slope: float = setting(0.1, 'k of the rank weight sigma(-k rank), Eq. 6', low=1e-6)
     rank_base: int = setting(0, 'rank of the best token in Eq. 6', low=0, high=1)
+    layer_weight: str = setting(
+        'entropy',
+        'confidence of a layer in the scores: 1 / attention entropy (Eq. 8), or the same for all',
+        choices=('entropy', 'average'),
+    )
     ema_rate: float = setting(0.2, 'beta, update rate of the scores, Eq. 9', low=0.0, high=1.0)
     translation_threshold: float = setting(
         0.5, 'v_t below which motion can be fine', low=0.0, unit='1', live=True
@@ -229,13 +308,53 @@ class PruneConfig:
         'true: leave fine mode only above a threshold (paper 6.2); false: decide every step anew '
         '(Alg. 1)',
     )
+    controller: bool = setting(
+        True, 'false: every query prunes as in coarse motion, whatever moves (Fig. 8)'
+    )
+    static: bool = setting(True, 'false: no static pruning after layer 2 (Fig. 8)')
+    dynamic: bool = setting(True, 'false: no pruning at `prune_layers` (Fig. 8)')
+    replan_on_fine: bool = setting(
+        False,
+        'query again at once when motion turns fine within a chunk; the paper is silent, and it '
+        'changes the query rate',
+    )
     dense_every: int = setting(
         0, 'compute every n-th query of an episode dense; 0: only the first', low=0, high=10**6
     )
+    keep_floor: float = setting(
+        0.02,
+        'a query that would keep less than this share of all patches runs dense instead',
+        low=0.0, high=1.0, unit='1',
+    )  # fmt: skip
+    guard_every: int = setting(
+        0,
+        'every n-th query is also computed dense and compared, and its dense actions are used; '
+        '0: no guard',
+        low=0, high=10**6,
+    )  # fmt: skip
+    guard_disagreement: float = setting(
+        0.05,
+        'mean absolute difference of pruned and dense normalised actions above which the guard '
+        'relaxes pruning',
+        low=0.0, unit='1', live=True,
+    )  # fmt: skip
+    guard_recall: float = setting(
+        0.5, 'recall (Eq. 1) below which the guard relaxes pruning', low=0.0, high=1.0, unit='1',
+        live=True,
+    )  # fmt: skip
+    guard_step: float = setting(
+        0.1, 'by how much the guard raises alpha at a time', low=0.01, high=1.0, unit='1'
+    )
+    guard_alpha: float = setting(
+        1.5,
+        'highest alpha of the guard; when that does not help either, queries run dense until a '
+        'comparison passes',
+        low=0.1, high=4.0, unit='1',
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         check_fields('pruning', self)
-        for name in ('global_layers', 'prune_layers'):
+        for name in ('global_layers', 'prune_layers', 'update_layers'):
             values = getattr(self, name)
             if list(values) != sorted(set(values)):
                 raise ConfigError(f'pruning.{name}', values, 'must ascend, each layer once')
@@ -254,12 +373,20 @@ class RuntimeConfig:
         0.5, 'an image older than this is stale: no inference', low=0.01, high=60.0, unit='s'
     )
     max_joint_age_s: float = setting(
-        0.5, 'a joint state older than this is stale', low=0.01, high=60.0, unit='s'
-    )
+        0.5,
+        'a joint state or end-effector pose older than this is stale',
+        low=0.01, high=60.0, unit='s',
+    )  # fmt: skip
     max_result_age_s: float = setting(
         2.0,
         'a chunk is discarded when its observation is older than this by then',
         low=0.01, high=60.0, unit='s',
+    )  # fmt: skip
+    max_gap_s: float = setting(
+        10.0,
+        'an observation this much later than the last one starts a new episode: what was pruned '
+        'before says little by then',
+        low=0.1, high=3600.0, unit='s',
     )  # fmt: skip
     warm_up_queries: int = setting(2, 'inferences on grey images at configure', low=0, high=100)
     overlay_opacity: float = setting(
@@ -309,7 +436,7 @@ def _check_element(name: str, value: object, kind: type, limits: Mapping) -> Non
     if not right:
         raise ConfigError(name, value, f'must be of type {kind.__name__}')
     if limits['choices'] and value not in limits['choices']:
-        raise ConfigError(name, value, f'must be one of {", ".join(limits["choices"])}')
+        raise ConfigError(name, value, f'must be one of {", ".join(map(str, limits["choices"]))}')
     if kind in (int, float):
         if not math.isfinite(value):
             raise ConfigError(name, value, 'must be finite')

@@ -3,24 +3,33 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
+from torch import Tensor
 
-from specprune_ros.errors import ObservationError
 from specprune_ros.images import CameraImage
+from specprune_ros.pruning.guard import GuardState
 from specprune_ros.pruning.motion import Motion
 from specprune_ros.types import FRAMES_KEPT
 
-Preprocess = Callable[[np.ndarray | CameraImage], np.ndarray]
-
 
 @dataclass(eq=False)
-class _Frame:
+class Frame:
+    """The cameras' images at one control step.
+
+    Attributes:
+        step: executed control steps before it.
+        images: as they came; empty once `pixels` is there.
+        pixels: [V, Y, X, 3] uint8 at the model's size, in model order; None until needed.
+        unseen: cameras, in model order, of which there was no image.
+    """
+
     step: int
-    images: dict[str, np.ndarray | CameraImage]
-    processed: bool
+    images: Mapping[str, np.ndarray | CameraImage]
+    pixels: Tensor | None = None
+    unseen: frozenset[int] = frozenset()
 
 
 class FrameHistory:
@@ -31,40 +40,31 @@ class FrameHistory:
     """
 
     def __init__(self, depth: int = FRAMES_KEPT):
-        self._frames: deque[_Frame] = deque(maxlen=depth)
+        self._frames: deque[Frame] = deque(maxlen=depth)
 
-    def push(
-        self, step: int, images: Mapping[str, np.ndarray | CameraImage], *, processed: bool
-    ) -> None:
+    def push(self, frame: Frame) -> None:
         """Keep the images of a control step; a step that has images already keeps those."""
-        if not self._frames or self._frames[-1].step < step:
-            self._frames.append(_Frame(step, dict(images), processed))
+        if not self._frames or self._frames[-1].step < frame.step:
+            self._frames.append(frame)
 
     def reach(self, step: int) -> int:
         """How many control steps before `step` the oldest frame is; 0 without one."""
         return max(step - self._frames[0].step, 0) if self._frames else 0
 
-    def reference(
-        self, step: int, age: int, preprocess: Preprocess
-    ) -> tuple[int, dict[str, np.ndarray]] | None:
+    def find(self, step: int, age: int) -> Frame | None:
         """The newest frame that is at least `age` steps older than `step`, else the oldest.
 
         Returns:
-            Its true age and its images at the model's size; None when no frame is older, or when
-            the frame turns out not to decode (it is then forgotten).
+            None when no frame is older than `step`, or `age` is 0.
         """
         older = [frame for frame in self._frames if frame.step < step]
         if not older or age <= 0:
             return None
-        frame = next((f for f in reversed(older) if step - f.step >= age), older[0])
-        if not frame.processed:
-            try:
-                frame.images = {name: preprocess(image) for name, image in frame.images.items()}
-            except ObservationError:
-                self._frames.remove(frame)
-                return None
-            frame.processed = True
-        return step - frame.step, frame.images
+        return next((f for f in reversed(older) if step - f.step >= age), older[0])
+
+    def forget(self, frame: Frame) -> None:
+        """Drop a frame that turned out not to decode."""
+        self._frames.remove(frame)
 
 
 @dataclass(eq=False)
@@ -82,6 +82,8 @@ class Episode:
         motion: the last executed action, None while none is known.
         fine: the controller's mode.
         memory: what the pruning method left for its next query.
+        guard: what the guard found so far.
+        recalls: recall (Eq. 1) of every query that has one, [V] each.
         frames: camera images by control step.
         sizes: camera -> (rows, cols) of its raw images.
     """
@@ -96,5 +98,7 @@ class Episode:
     motion: Motion | None = None
     fine: bool = False
     memory: object | None = None
+    guard: GuardState = field(default_factory=GuardState)
+    recalls: list[np.ndarray] = field(default_factory=list)
     frames: FrameHistory = field(default_factory=FrameHistory)
     sizes: dict[str, tuple[int, int]] = field(default_factory=dict)

@@ -178,3 +178,8 @@ CameraImage = RawImage | CompressedImage
 def as_rgb(image: np.ndarray | CameraImage) -> np.ndarray:
     """[rows, cols, 3] uint8 of an array (returned as it is) or of an image as it came."""
     return image if isinstance(image, np.ndarray) else image.rgb()
+
+
+def turned(image: np.ndarray, rotation_deg: int) -> np.ndarray:
+    """A view of [rows, cols, 3], turned by 0 or 180 degrees."""
+    return image[::-1, ::-1] if rotation_deg == 180 else image

@@ -6,6 +6,7 @@ where they come in, so that they are counted one by one and never replace a good
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -18,26 +19,64 @@ from specprune_ros.types import Observation
 
 NS = 1_000_000_000
 INFINITY = float('inf')
+JOINTS, POSE = 'joint_states', 'eef_pose'
+# Names in RobotConfig.joint_names that the end-effector pose gives: position in m, axis-angle in
+# rad.
+POSE_NAMES = ('eef_x', 'eef_y', 'eef_z', 'eef_ax', 'eef_ay', 'eef_az')
+NORM_TOLERANCE = 1e-3  # of a quaternion; more is no rounding, but a sender's mistake
+KINDS = {JOINTS: 'joint', POSE: 'pose'}  # input -> how its error codes begin; else camera
+
+
+def proprio_inputs(robot: RobotConfig) -> tuple[str, ...]:
+    """Which of `joint_states` and `eef_pose` the robot's proprioception needs."""
+    from_pose = [name in POSE_NAMES for name in robot.joint_names]
+    needed = {JOINTS: not all(from_pose), POSE: any(from_pose)}
+    return tuple(name for name, is_needed in needed.items() if is_needed)
+
+
+def axis_angle(quaternion_xyzw: Sequence[float]) -> np.ndarray:
+    """The rotation of a unit quaternion as its axis times its angle.
+
+    As LIBERO's observations, and with them the training data, have it: the angle lies in 0..2 pi,
+    so that q and -q, the same rotation, give different vectors (no flip to the shorter way). An
+    arm that points down lies near pi, where the sign decides: send the one that the training data
+    have.
+
+    Args:
+        quaternion_xyzw: [4], of norm 1.
+
+    Returns:
+        [3] rad; zero where the sine of half the angle is zero.
+
+    Source: robosuite's quaternion-to-axis-angle conversion, used by LIBERO.
+    """
+    *vector, w = np.asarray(quaternion_xyzw, float)
+    cosine = min(max(w, -1.0), 1.0)
+    sine = math.sqrt(1.0 - cosine * cosine)
+    if sine == 0.0:
+        return np.zeros(3)
+    return np.array(vector) * (2.0 * math.acos(cosine) / sine)
 
 
 class Inbox:
-    """Newest image per camera, joint state and instruction of one robot.
+    """Newest image per camera, joint state, end-effector pose and instruction of one robot.
 
     Args:
-        robot: what belongs to it; images and joints of anything else are ignored.
+        robot: what belongs to it; images, joints and poses of anything else are ignored.
         runtime: how old inputs may be; None takes them at any age.
     """
 
     def __init__(self, robot: RobotConfig, runtime: RuntimeConfig | None):
         self._robot = robot
-        self._limits_s = {'camera': INFINITY, 'joint': INFINITY}
+        self._joint_names = [name for name in robot.joint_names if name not in POSE_NAMES]
+        self._inputs = proprio_inputs(robot)
+        self._limits_s = dict.fromkeys(('camera', *KINDS.values()), INFINITY)
         if runtime is not None:
-            self._limits_s = {
-                'camera': runtime.max_image_age_s,
-                'joint': runtime.max_joint_age_s,
-            }
+            self._limits_s = dict.fromkeys(KINDS.values(), runtime.max_joint_age_s)
+            self._limits_s['camera'] = runtime.max_image_age_s
         self._images: dict[str, tuple[int, np.ndarray | CameraImage]] = {}
-        self._joints: tuple[int, np.ndarray] | None = None
+        # input -> stamp, and its elements of the proprioceptive state by name
+        self._proprio: dict[str, tuple[int, dict[str, float]]] = {}
         self._instruction: str | None = None
 
     @property
@@ -49,6 +88,11 @@ class Inbox:
     def images(self) -> Mapping[str, np.ndarray | CameraImage]:
         """Camera -> its newest image, as it came."""
         return {name: image for name, (_, image) in self._images.items()}
+
+    def recent_images(self, now_ns: int) -> Mapping[str, np.ndarray | CameraImage]:
+        """Camera -> its newest image, without the cameras whose image is stale."""
+        oldest = now_ns - self._limits_s['camera'] * NS
+        return {name: image for name, (stamp, image) in self._images.items() if stamp >= oldest}
 
     def put_image(self, camera: str, stamp_ns: int, image: np.ndarray | CameraImage) -> None:
         """Keep a camera's newest image."""
@@ -62,24 +106,50 @@ class Inbox:
             ObservationError: names and positions differ in number, a joint of the robot is
                 missing, or its position is not finite.
         """
-        if not self._robot.joint_names:
+        if JOINTS not in self._inputs:
             return
         if len(names) != len(positions):
             got = f'{len(names)} names, {len(positions)} positions'
-            raise ObservationError('joint_width', 'joint_states', got, 'must be as many')
+            raise ObservationError('joint_width', JOINTS, got, 'must be as many')
         by_name = dict(zip(names, positions, strict=True))
-        missing = [name for name in self._robot.joint_names if name not in by_name]
+        missing = [name for name in self._joint_names if name not in by_name]
         if missing:
             raise ObservationError(
-                'joint_missing', 'joint_states.name', list(names), f'lacks {missing}'
+                'joint_missing', f'{JOINTS}.name', list(names), f'lacks {missing}'
             )
-        values = np.array([by_name[name] for name in self._robot.joint_names], float)
-        if not np.isfinite(values).all():
+        values = {name: float(by_name[name]) for name in self._joint_names}
+        if not all(map(math.isfinite, values.values())):
             bad = {n: v for n, v in by_name.items() if not np.isfinite(v)}
+            raise ObservationError('joint_not_finite', f'{JOINTS}.position', bad, 'must be finite')
+        self._proprio[JOINTS] = (stamp_ns, values)
+
+    def put_pose(
+        self, stamp_ns: int, position: Sequence[float], quaternion_xyzw: Sequence[float]
+    ) -> None:
+        """Keep the newest end-effector pose, in the frame of the training data.
+
+        Args:
+            stamp_ns: when it was measured.
+            position: [3] m.
+            quaternion_xyzw: [4]; its norm may be off by NORM_TOLERANCE.
+
+        Raises:
+            ObservationError: something is not finite, or the quaternion is no rotation.
+        """
+        if POSE not in self._inputs:
+            return
+        position, quaternion = np.asarray(position, float), np.asarray(quaternion_xyzw, float)
+        if not np.isfinite((*position, *quaternion)).all():
+            got = f'position {position.tolist()}, orientation {quaternion.tolist()}'
+            raise ObservationError('pose_not_finite', POSE, got, 'must be finite')
+        norm = math.hypot(*quaternion)
+        if abs(norm - 1.0) > NORM_TOLERANCE:
+            why = f'must have norm 1, has {norm:.4g}'
             raise ObservationError(
-                'joint_not_finite', 'joint_states.position', bad, 'must be finite'
+                'pose_quaternion', f'{POSE}.orientation', quaternion.tolist(), why
             )
-        self._joints = (stamp_ns, values)
+        values = (*position.tolist(), *axis_angle(quaternion / norm).tolist())
+        self._proprio[POSE] = (stamp_ns, dict(zip(POSE_NAMES, values, strict=True)))
 
     def put_instruction(self, text: str) -> bool:
         """Keep the newest instruction.
@@ -95,16 +165,17 @@ class Inbox:
         return former != self._instruction
 
     def forget_inputs(self) -> None:
-        """Drop images and joint state, as when the node stops; the instruction stays."""
+        """Drop images, joint state and pose, as when the node stops; the instruction stays."""
         self._images.clear()
-        self._joints = None
+        self._proprio.clear()
 
     def age_s(self, now_ns: int) -> dict[str, float]:
         """Input -> seconds since its stamp; infinity for one that never came."""
-        stamps = {f'cameras/{name}': None for name in self._robot.camera_names}
+        stamps = dict.fromkeys(
+            (*(f'cameras/{name}' for name in self._robot.camera_names), *self._inputs)
+        )
         stamps |= {f'cameras/{name}': stamp for name, (stamp, _) in self._images.items()}
-        if self._robot.joint_names:
-            stamps['joint_states'] = self._joints[0] if self._joints else None
+        stamps |= {name: stamp for name, (stamp, _) in self._proprio.items()}
         return {
             name: INFINITY if stamp is None else (now_ns - stamp) / NS
             for name, stamp in stamps.items()
@@ -122,19 +193,26 @@ class Inbox:
             )
         for name, age in self.age_s(now_ns).items():
             self._check_age(name, age)
-        stamps = [stamp for stamp, _ in self._images.values()]
-        if self._joints:
-            stamps.append(self._joints[0])
+        inputs = (*self._images.values(), *self._proprio.values())
         return Observation(
             images=self.images,
-            proprio=self._joints[1] if self._robot.joint_names else None,
+            proprio=self._proprio_vector(),
             instruction=self._instruction,
-            stamp_ns=min(stamps),
+            stamp_ns=min(stamp for stamp, _ in inputs),
             image_stamps_ns={name: stamp for name, (stamp, _) in self._images.items()},
         )
 
+    def _proprio_vector(self) -> np.ndarray | None:
+        """[P] in the order of the robot's joint_names."""
+        if not self._inputs:
+            return None
+        values: dict[str, float] = {}
+        for _, elements in self._proprio.values():
+            values |= elements
+        return np.array([values[name] for name in self._robot.joint_names])
+
     def _check_age(self, name: str, age: float) -> None:
-        kind = 'joint' if name == 'joint_states' else 'camera'
+        kind = KINDS.get(name, 'camera')
         limit = self._limits_s[kind]
         if age == INFINITY:
             raise ObservationError(f'{kind}_missing', name, None, 'nothing came yet')

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING
 
 from specprune_ros.config import PolicyConfig
 from specprune_ros.errors import ActionError, ObservationError, RecordingError, SpecPruneError
-from specprune_ros.inbox import Inbox
+from specprune_ros.inbox import POSE_NAMES, Inbox
 from specprune_ros.recordings.base import (
     CameraEvent,
     Event,
     InstructionEvent,
     JointEvent,
+    PoseEvent,
     Recording,
 )
 from specprune_ros.types import ExecutedAction, Observation, PolicyResult
@@ -30,8 +31,9 @@ def fit_robot(config: PolicyConfig, recording: Recording) -> PolicyConfig:
     """The configuration with the cameras and joints that a recording has.
 
     Where all configured cameras were recorded, they are it; else those that were, in the
-    configured order, then the recording's other ones, MAX_CAMERAS in all. Joints: the configured
-    ones if they were recorded, the recorded ones if none was.
+    configured order, then the recording's other ones, MAX_CAMERAS in all. Joints, and elements of
+    the end-effector pose: the configured ones if they were recorded, the recorded joints if none
+    was.
 
     Raises:
         RecordingError: some configured joints were recorded and some were not.
@@ -40,9 +42,13 @@ def fit_robot(config: PolicyConfig, recording: Recording) -> PolicyConfig:
     cameras = [name for name in robot.camera_names if name in recording.cameras]
     if len(cameras) < len(robot.camera_names):
         cameras += [name for name in recording.cameras if name not in cameras]
-    missing = [name for name in robot.joint_names if name not in recording.joint_names]
+    recorded = {*recording.joint_names, *(POSE_NAMES if recording.has_poses else ())}
+    missing = [name for name in robot.joint_names if name not in recorded]
     if missing and len(missing) < len(robot.joint_names):
-        raise RecordingError(recording.path, f'lacks the joints {missing} of the robot')
+        why = f'lacks the joints {missing} of the robot'
+        if set(missing) <= set(POSE_NAMES):
+            why = f'holds no end-effector poses (topic eef_pose): the robot needs {missing}'
+        raise RecordingError(recording.path, why)
     joints = recording.joint_names if missing else robot.joint_names or recording.joint_names
     fitted = dataclasses.replace(
         robot,
@@ -93,11 +99,12 @@ def run_recording(
         yield outcome
         if queries:
             action = event if isinstance(event, ExecutedAction) else None
+            since += 1
             try:
-                policy.observe_executed(action, inbox.images)
+                if policy.observe_executed(action, inbox.images):
+                    since = every  # the next step queries
             except ObservationError as error:
                 yield error
-            since += 1
     if not queries:
         ages = inbox.age_s(0)
         missing = [name for name, age in ages.items() if math.isinf(age)] or ['instruction']
@@ -111,6 +118,8 @@ def _store(inbox: Inbox, event: Event) -> None:
         inbox.put_image(event.camera, event.stamp_ns, event.image)
     elif isinstance(event, JointEvent):
         inbox.put_joints(event.stamp_ns, event.names, event.positions)
+    elif isinstance(event, PoseEvent):
+        inbox.put_pose(event.stamp_ns, event.position, event.quaternion_xyzw)
     elif isinstance(event, InstructionEvent):
         inbox.put_instruction(event.text)
 

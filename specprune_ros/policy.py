@@ -6,6 +6,7 @@ Works without ROS: from a script, a simulator, a server, or `ros/vla_node.py`.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -18,25 +19,38 @@ from specprune_ros.checks import (
     executed_displacement,
 )
 from specprune_ros.config import PolicyConfig, PruneConfig
-from specprune_ros.episode import Episode
+from specprune_ros.episode import Episode, Frame
 from specprune_ros.errors import ActionError, ConfigError, ObservationError
-from specprune_ros.images import CameraImage, as_rgb
-from specprune_ros.models import load_model, pick_device
+from specprune_ros.images import CameraImage, as_rgb, turned
+from specprune_ros.models import load, pick_device
 from specprune_ros.models.base import Prompt, VLAModel
-from specprune_ros.models.decoder import Decoded, decode
+from specprune_ros.models.decoder import QueryDecoder
 from specprune_ros.pruning import make_method
-from specprune_ros.pruning.base import PruneRun, PruneTrace, QueryContext
+from specprune_ros.pruning.base import PruneMethod, PruneRun, PruneTrace, QueryContext
+from specprune_ros.pruning.guard import after_check, checks_now
 from specprune_ros.pruning.motion import motion_of
 from specprune_ros.pruning.scores import patch_similarity
-from specprune_ros.report import make_report
+from specprune_ros.report import NAN, View, make_report
+from specprune_ros.robot_action import to_robot, within_limits
 from specprune_ros.timing import StageClock
 from specprune_ros.types import (
     ActionChunk,
     ActionSpace,
     ExecutedAction,
+    Mode,
     Observation,
     PolicyResult,
 )
+
+
+@dataclass(frozen=True, eq=False)
+class _Outcome:
+    """[L, A] normalised actions, what pruning did, why it did not, and the guard's comparison."""
+
+    actions: Tensor
+    trace: PruneTrace
+    fallback: str = ''
+    disagreement: float = NAN
 
 
 class Policy:
@@ -47,17 +61,19 @@ class Policy:
     Args:
         model: a loaded model.
         config: all axes.
+        method: instead of the configured one, e.g. a method of one's own.
 
     Raises:
         ConfigError: model and robot do not fit, or the method is unknown.
     """
 
-    def __init__(self, model: VLAModel, config: PolicyConfig):
+    def __init__(self, model: VLAModel, config: PolicyConfig, method: PruneMethod | None = None):
         self.model = model
         self.config = config
         self._check_fit()
         self._device = pick_device(config.model.device)
-        self._method = make_method(config.pruning)
+        self._method = method or make_method(config.pruning)
+        self._rotations = config.robot.per_camera('camera_rotations')
         self._episode = Episode(epoch=1)
         self._chunks = 0
 
@@ -66,10 +82,10 @@ class Policy:
         """Load the configured model.
 
         Raises:
-            ConfigError, CheckpointError, MissingDependencyError: see models.load_model.
+            ConfigError, CheckpointError, MissingDependencyError: see models.load.
         """
         make_method(config.pruning)  # a typo must not cost the time to load a model
-        return cls(load_model(config), config)
+        return cls(load(config), config)
 
     @property
     def epoch(self) -> int:
@@ -123,31 +139,42 @@ class Policy:
         self,
         action: ExecutedAction | None,
         images: Mapping[str, np.ndarray | CameraImage] | None = None,
-    ) -> None:
+    ) -> bool:
         """Tell the policy that one control step was executed; a dry run's action was not.
 
         Args:
             action: what was sent to the robot; None when a step passed but what moved is unknown.
             images: the newest camera images when it was sent, if there are any. They are decoded
-                only if a query compares with them, so a caller hands them over as they came.
+                only if a query compares with them, so a caller hands them over as they came. A
+                camera that is missing here for a while is left out: at its next query all of it
+                stays.
+
+        Returns:
+            True when the rest of the chunk should be replaced by a new query at once: motion
+            turned fine, and pruning.replan_on_fine asks for it.
 
         Raises:
             ObservationError: the action is not finite, or lacks the elements that the robot
                 configuration names; the step counts, motion becomes unknown.
         """
         if action is not None and action.dry_run:
-            return
+            return False
         episode = self._episode
         if images:
-            episode.frames.push(episode.step, images, processed=False)
+            episode.frames.push(Frame(episode.step, dict(images)))
         episode.step += 1
         episode.motion = None
-        if action is None:
-            return
-        translation, rotation = executed_displacement(action, self.config.robot)
+        moved = None if action is None else executed_displacement(action, self.config.robot)
+        if moved is None:
+            return False
+        translation, rotation = moved
         episode.displacement = episode.displacement + translation
         episode.motion = motion_of(translation, rotation)
-        episode.fine = self._method.next_fine(episode.fine, episode.motion)
+        was_fine, episode.fine = (
+            episode.fine,
+            self._method.next_fine(episode.fine, episode.motion),
+        )
+        return self.config.pruning.replan_on_fine and episode.fine and not was_fine
 
     def infer(self, observation: Observation) -> PolicyResult:
         """One query.
@@ -164,47 +191,50 @@ class Policy:
         clock = StageClock(self._device)
         images = self._checked_images(observation)
         self._begin_query(observation)
-        images = {name: self.model.preprocess(image) for name, image in images.items()}
         with torch.inference_mode():
-            frames = self._to_device(images)
-            age, similarity = self._similarity(frames)
-            clock.lap()
+            frames, reference = self._pixels(images)
+            similarity = None
+            if reference is not None:
+                similarity = patch_similarity(frames, reference.pixels, self.model.info.grid)
+            clock.lap('preprocess')
             prompt = self.model.embed(frames, observation.proprio, observation.instruction)
-            clock.lap()
+            clock.lap('embed')
             context = QueryContext(
                 layout=prompt.layout,
                 depth=len(self.model.decoder.layers),
                 device=self._device,
                 fine=self._episode.fine or self._episode.motion is None,
+                alpha=self._episode.guard.alpha(self.config.pruning),
                 similarity=similarity,
+                unseen=frozenset() if reference is None else reference.unseen,
                 memory=self._episode.memory,
                 query=self._episode.query,
             )
-            decoded, trace, fallback = self._decode(prompt, context)
-            clock.lap()
-            head = prompt.layout.head.idx(self._device)
-            normalized = self.model.act(decoded.at(head)).cpu().double().numpy()
-            clock.lap()
+            outcome = self._act(prompt, context, clock)
+            normalized = outcome.actions.cpu().double().numpy()
+            clock.lap('act')
         chunk = self._chunk(observation, normalized)
         report = make_report(
             chunk=chunk,
             layout=prompt.layout,
-            trace=trace,
+            trace=outcome.trace,
             episode=self._episode,
             method=self._method.name,
-            alpha=self.config.pruning.alpha,
-            reference_age=age,
-            fallback=fallback,
+            alpha=context.alpha,
+            reference_age=0 if reference is None else self._episode.step - reference.step,
+            view=View(self.model.info.crop_side, self._rotations),
+            decoder=self.model.decoder,
+            fallback=outcome.fallback,
+            guard_disagreement=outcome.disagreement,
             latency_s=clock.seconds(),
         )
-        self._end_query(observation, images)
+        self._end_query(observation, frames)
         return PolicyResult(chunk=chunk, report=report)
 
     def _begin_query(self, observation: Observation) -> None:
         episode = self._episode
-        went_back = episode.stamp_ns is not None and observation.stamp_ns < episode.stamp_ns
         other_task = episode.instruction not in (None, observation.instruction)
-        if went_back or other_task:
+        if other_task or self._time_jumped(observation):
             self.reset()
         elif episode.query and episode.step == episode.step_of_query:
             # Nobody reports executed actions: count the control steps that time has room for.
@@ -212,57 +242,106 @@ class Policy:
             since_ns = observation.stamp_ns - episode.stamp_ns
             episode.step += max(round(since_ns / period_ns), 1)
 
-    def _end_query(self, observation: Observation, images: dict[str, np.ndarray]) -> None:
+    def _time_jumped(self, observation: Observation) -> bool:
+        if self._episode.stamp_ns is None:
+            return False
+        since_s = (observation.stamp_ns - self._episode.stamp_ns) / 1e9
+        return not 0 <= since_s <= self.config.runtime.max_gap_s
+
+    def _end_query(self, observation: Observation, frames: Tensor) -> None:
         episode = self._episode
         episode.instruction = observation.instruction
         episode.stamp_ns = observation.stamp_ns
-        episode.frames.push(episode.step, images, processed=True)
+        episode.frames.push(Frame(episode.step, {}, frames))
         episode.step_of_query = episode.step
         episode.displacement = np.zeros(3)
         episode.query += 1
 
-    def _to_device(self, images: Mapping[str, np.ndarray]) -> Tensor:
-        """[V, Y, X, 3] uint8 in camera order."""
-        stacked = np.stack([images[name] for name in self.model.info.cameras])
-        return torch.from_numpy(stacked).to(self._device)
+    def _pixels(self, images: list[np.ndarray]) -> tuple[Tensor, Frame | None]:
+        """[V, Y, X, 3] uint8 of the query, and its reference frame with its pixels.
 
-    def _similarity(self, frames: Tensor) -> tuple[int, Tensor | None]:
-        """The reference frame's age and the [V, N] patch similarity to it."""
+        Both are brought to the model's size in one call, which works on all images side by side.
+        """
         episode = self._episode
         displacement = float(np.linalg.norm(episode.displacement))
         wanted = self._method.reference_age(displacement, episode.frames.reach(episode.step))
-        found = episode.frames.reference(
-            episode.step, wanted, lambda image: self.model.preprocess(as_rgb(image))
-        )
-        if found is None or any(name not in found[1] for name in self.model.info.cameras):
-            return 0, None
-        age, images = found
-        return age, patch_similarity(frames, self._to_device(images), self.model.info.grid)
+        frame = episode.frames.find(episode.step, wanted)
+        raw: list[np.ndarray] = []
+        if frame is not None and frame.pixels is None:
+            try:
+                raw = self._upright(frame.images)
+            except ObservationError:
+                episode.frames.forget(frame)
+                frame = None
+        pixels = self.model.preprocess([*images, *raw])
+        current, older = pixels[: len(images)], iter(pixels[len(images) :])
+        if frame is not None and frame.pixels is None:
+            names = self.model.info.cameras
+            seen = [name in frame.images for name in names]
+            # An unseen camera stands in for itself: its similarity is never read.
+            both = zip(seen, current, strict=True)
+            frame.pixels = torch.stack([next(older) if there else now for there, now in both])
+            frame.unseen = frozenset(index for index, there in enumerate(seen) if not there)
+            frame.images = {}
+        return current, frame
 
-    def _decode(self, prompt: Prompt, context: QueryContext) -> tuple[Decoded, PruneTrace, str]:
-        """Decode with pruning, or dense when anything in that fails; also why it failed.
+    def _upright(self, images: Mapping[str, np.ndarray | CameraImage]) -> list[np.ndarray]:
+        """RGB images in model order, checked, and turned as the robot's configuration says."""
+        upright = []
+        for name in (name for name in self.model.info.cameras if name in images):
+            image = as_rgb(images[name])
+            check_image(name, image)
+            upright.append(turned(image, self._rotations[name]))
+        return upright
+
+    def _act(self, prompt: Prompt, context: QueryContext, clock: StageClock) -> _Outcome:
+        """Actions with pruning, or dense when the guard or anything that fails says so.
 
         After a failure the method's memory stays as it was.
         """
+        pruning, guard = self.config.pruning, self._episode.guard
+        check = checks_now(pruning, context.query)
+        if guard.tripped and not check:
+            return self._dense(prompt, context, clock, f'guard: {guard.why}')
         try:
             run = self._method.begin(context)
-            decoded = decode(self.model.decoder, prompt.embeds, prompt.layout, run)
+            actions = self._decode_and_act(prompt, run, clock)
             trace, memory = run.trace(), run.memory()
         except Exception as error:  # whatever fails in pruning costs speed, never the action
-            fallback = f'{type(error).__name__}: {error}'
-            run = PruneRun(context)
-            decoded = decode(self.model.decoder, prompt.embeds, prompt.layout, run)
-            return decoded, run.trace(), fallback
+            return self._dense(prompt, context, clock, f'{type(error).__name__}: {error}')
         self._episode.memory = memory
-        return decoded, trace, ''
+        if trace.recall is not None:
+            self._episode.recalls.append(trace.recall.cpu().double().numpy())
+        if not check or trace.mode == Mode.DENSE:
+            return _Outcome(actions, trace)
+        dense = self._decode_and_act(prompt, PruneRun(context), clock)
+        disagreement = float((actions - dense).abs().mean())
+        recall = NAN if trace.recall is None else float(trace.recall.min())
+        self._episode.guard = after_check(guard, pruning, disagreement=disagreement, recall=recall)
+        return _Outcome(dense, trace, disagreement=disagreement)
+
+    def _dense(
+        self, prompt: Prompt, context: QueryContext, clock: StageClock, why: str
+    ) -> _Outcome:
+        run = PruneRun(context)
+        return _Outcome(self._decode_and_act(prompt, run, clock), run.trace(), why)
+
+    def _decode_and_act(self, prompt: Prompt, run: PruneRun, clock: StageClock) -> Tensor:
+        decoder = QueryDecoder(
+            self.model.decoder,
+            prompt.layout,
+            run,
+            keep_floor=self.config.pruning.keep_floor,
+            lap=clock.lap,
+        )
+        return self.model.act(prompt, decoder)
 
     def _chunk(self, observation: Observation, normalized: np.ndarray) -> ActionChunk:
         robot = self.config.robot
-        data = self.model.unnormalize(normalized)
+        data = to_robot(self.model.unnormalize(normalized), robot)
         if not (np.isfinite(normalized).all() and np.isfinite(data).all()):
             raise ActionError('the model gave an action that is not finite; it was discarded')
-        low, high = (np.array(robot.per_action(name)) for name in ('action_min', 'action_max'))
-        limited = np.clip(data, low, high)
+        limited = within_limits(data, robot)
         self._chunks += 1
         return ActionChunk(
             stamp_ns=observation.stamp_ns,
@@ -295,23 +374,19 @@ class Policy:
                 raise ConfigError(
                     f'robot.{name}', getattr(robot, name), f'{info.name} needs {needed}'
                 )
-        for name in ('translation_names', 'rotation_names'):
-            if len(getattr(robot, name)) != 3:
-                raise ConfigError(f'robot.{name}', getattr(robot, name), 'needs 3 names')
 
-    def _checked_images(self, observation: Observation) -> dict[str, np.ndarray]:
+    def _checked_images(self, observation: Observation) -> list[np.ndarray]:
         """All cameras' RGB images, in model order, after every check of the observation."""
         check_instruction(observation.instruction)
         check_proprio(observation.proprio, self.model.info.proprio_dim)
-        images = {}
-        for name in self.model.info.cameras:
+        names = self.model.info.cameras
+        for name in names:
             if name not in observation.images:
                 raise ObservationError(
                     'camera_missing', f'cameras/{name}', None, 'no image of this camera'
                 )
-            images[name] = as_rgb(observation.images[name])
-            check_image(name, images[name])
-        self._check_sizes(images)
+        images = self._upright(observation.images)
+        self._check_sizes(dict(zip(names, images, strict=True)))
         return images
 
     def _check_sizes(self, images: Mapping[str, np.ndarray]) -> None:

@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 import numpy as np
 from torch import Tensor
 
 from specprune_ros.episode import Episode
+from specprune_ros.models.decoder import Decoder
 from specprune_ros.pruning.base import PruneTrace
+from specprune_ros.pruning.flops import flops_share, tokens_per_layer
 from specprune_ros.token_layout import TokenLayout
 from specprune_ros.types import ActionChunk, Mode, PruneReport
 
 NAN = float('nan')
+
+
+@dataclass(frozen=True)
+class View:
+    """What of a camera's image the model sees.
+
+    Attributes:
+        crop_side: share of the image's side, around its centre.
+        rotation_deg: camera -> by how much the image is turned first.
+    """
+
+    crop_side: float
+    rotation_deg: Mapping[str, int]
 
 
 def make_report(
@@ -22,7 +40,10 @@ def make_report(
     method: str,
     alpha: float,
     reference_age: int,
+    view: View,
+    decoder: Decoder,
     fallback: str,
+    guard_disagreement: float,
     latency_s: dict[str, float],
 ) -> PruneReport:
     """The report of one query, on the host.
@@ -32,9 +53,12 @@ def make_report(
         layout: of its sequence.
         trace: from its PruneRun; tensors may be on the device.
         episode: as it was when the query ran.
-        method, alpha: of the configuration.
+        method, alpha: that pruned.
         reference_age: control steps to the frame that it compared with, 0 for none.
+        view: what of the images the patches cover.
+        decoder: whose sizes the FLOPs model takes.
         fallback: why it ran dense, or empty.
+        guard_disagreement: of pruned and dense actions; NaN where not compared.
         latency_s: field -> seconds, from StageClock.
     """
     cameras, motion = len(layout.cameras), episode.motion
@@ -42,6 +66,7 @@ def make_report(
     counts = {
         'grid_rows': cameras * [layout.grid[0]],
         'grid_cols': cameras * [layout.grid[1]],
+        'rotation_deg': [view.rotation_deg[name] for name in layout.cameras],
         'tokens_total': cameras * [layout.patches],
         'tokens_static': ((gone == 0) | (gone > trace.static_layer)).sum(axis=1),
         'tokens_kept': (gone == 0).sum(axis=1),
@@ -64,10 +89,15 @@ def make_report(
         chunk_displacement=float(np.linalg.norm(episode.displacement)),
         reference_age=reference_age,
         cameras=layout.cameras,
+        crop_side=view.crop_side,
         **{name: np.asarray(values, np.uint32) for name, values in counts.items()},
         recall=np.full(cameras, NAN) if trace.recall is None else _host(trace.recall),
+        recall_mean=np.mean(episode.recalls, axis=0) if episode.recalls else np.full(cameras, NAN),
+        flops_share=decoder_share(trace, layout, decoder),
+        guard_disagreement=guard_disagreement,
         reason=trace.reason.cpu().numpy().reshape(-1),
         pruned_after_layer=gone.reshape(-1),
+        important=_mask(trace.important),
         static_layer=trace.static_layer,
         layer_confidence=np.zeros(0) if trace.confidence is None else _host(trace.confidence),
         sequence_tokens=layout.length,
@@ -76,18 +106,36 @@ def make_report(
     )
 
 
+def decoder_share(trace: PruneTrace, layout: TokenLayout, decoder: Decoder) -> float:
+    """Decoder FLOPs as a share of the dense decoder's, by the counts that were measured (A.3)."""
+    before = [layout.visual_count, *trace.layer_tokens]
+    gone = {
+        layer: had - left
+        for layer, had, left in zip(trace.layer_index, before, trace.layer_tokens, strict=False)
+    }
+    counts = tokens_per_layer(layout.length, len(decoder.layers), gone)
+    return flops_share(counts, width=decoder.width, mlp_width=decoder.mlp_width)
+
+
 def mode_reason(episode: Episode) -> str:
     """Why the controller is in its mode, in words.
 
     differs: the paper always knows the last executed action; while none is known, fine is safer.
     """
-    motion = episode.motion
+    motion, guard = episode.motion, episode.guard
+    relaxed = f'; relaxed by the guard: {guard.why}' if guard.extra else ''
     if motion is None:
-        return 'no executed action is known: prune gently'
+        return f'no executed action is known: prune gently{relaxed}'
     return (
         f'v_t {motion.translation_speed:.2f}, v_r {motion.rotation_speed:.2f}, '
-        f'dz {motion.vertical:+.2f}'
+        f'dz {motion.vertical:+.2f}{relaxed}'
     )
+
+
+def _mask(tensor: Tensor | None) -> np.ndarray:
+    if tensor is None:
+        return np.zeros(0, np.uint8)
+    return tensor.cpu().numpy().astype(np.uint8).reshape(-1)
 
 
 def _host(tensor: Tensor) -> np.ndarray:

@@ -14,7 +14,7 @@ from rich.table import Table
 from specprune_ros.errors import ConfigError
 from specprune_ros.types import ActionChunk, Mode, PruneReport
 
-MASKS = ('reason', 'pruned_after_layer')
+MASKS = ('reason', 'pruned_after_layer', 'important')
 MODE_COLORS = {
     Mode.DENSE: '#888888',
     Mode.COARSE: '#d55e00',

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from itertools import pairwise
 
 import torch
 
@@ -15,17 +16,18 @@ class StageClock:
     def __init__(self, device: torch.device):
         self._cuda = device.type == 'cuda'
         self._start = time.perf_counter()
-        self._marks: list = [self._mark()]
+        self._marks: list[tuple[str, object]] = [('', self._mark())]
 
-    def lap(self) -> None:
-        """End of a stage."""
-        self._marks.append(self._mark())
+    def lap(self, stage: str) -> None:
+        """What passed since the last lap belongs to a stage; its laps add up."""
+        self._marks.append((stage, self._mark()))
 
     def seconds(self) -> dict[str, float]:
         """Report field -> seconds. Call after the result is on the host."""
-        pairs = zip(self._marks, self._marks[1:], strict=False)
-        laps = [a.elapsed_time(b) / 1e3 if self._cuda else b - a for a, b in pairs]
-        named = {f'latency_{stage}_s': lap for stage, lap in zip(STAGES, laps, strict=True)}
+        spent = dict.fromkeys(STAGES, 0.0)
+        for (_, before), (stage, after) in pairwise(self._marks):
+            spent[stage] += before.elapsed_time(after) / 1e3 if self._cuda else after - before
+        named = {f'latency_{stage}_s': seconds for stage, seconds in spent.items()}
         return {**named, 'latency_total_s': time.perf_counter() - self._start}
 
     def _mark(self):

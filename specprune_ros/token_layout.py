@@ -43,6 +43,8 @@ class TokenLayout:
         prompt: all text tokens, the template's too.
         instruction: the text tokens of the user's instruction alone.
         head: positions whose final hidden states the action head reads.
+        actions: positions of the action placeholders; None for a model without.
+        time: position of the diffusion time token; None for a model without.
 
     Raises:
         ValueError: the parts overlap, leave the sequence, or do not fit each other.
@@ -55,6 +57,8 @@ class TokenLayout:
     prompt: Span
     instruction: Span
     head: Span
+    actions: Span | None = None
+    time: int | None = None
 
     def __post_init__(self) -> None:
         if len(self.cameras) != len(self.camera_starts) or not self.cameras:

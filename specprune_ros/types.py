@@ -53,8 +53,8 @@ class Observation:
     Attributes:
         images: camera name -> [H, W, 3] uint8 RGB of any size, or an images.CameraImage, which is
             decoded when it is needed.
-        proprio: [P] joint positions in the order of `RobotConfig.joint_names` (rad or m), or None
-            for a robot without proprioception.
+        proprio: [P] joint positions and end-effector pose in the order of
+            `RobotConfig.joint_names` (rad or m), or None for a robot without proprioception.
         instruction: what to do, in the user's words.
         stamp_ns: stamp of the oldest input.
         image_stamps_ns: camera -> its image's stamp, where a caller knows them.
@@ -130,8 +130,8 @@ def _none(dtype: type) -> np.ndarray:
 class PruneReport:
     """What pruning did in one inference (message PruningDiagnostics, whose comments give units).
 
-    V cameras, N_v patches of camera v; `reason` and `pruned_after_layer` hold the cameras one
-    after another, row-major.
+    V cameras, N_v patches of camera v; `reason`, `pruned_after_layer` and `important` hold the
+    cameras one after another, row-major.
     """
 
     stamp_ns: int
@@ -151,12 +151,18 @@ class PruneReport:
     cameras: tuple[str, ...] = ()
     grid_rows: np.ndarray = field(default_factory=lambda: _none(np.uint32))  # [V]
     grid_cols: np.ndarray = field(default_factory=lambda: _none(np.uint32))  # [V]
+    rotation_deg: np.ndarray = field(default_factory=lambda: _none(np.uint32))  # [V]
+    crop_side: float = 1.0
     tokens_total: np.ndarray = field(default_factory=lambda: _none(np.uint32))  # [V]
     tokens_static: np.ndarray = field(default_factory=lambda: _none(np.uint32))  # [V]
     tokens_kept: np.ndarray = field(default_factory=lambda: _none(np.uint32))  # [V]
     recall: np.ndarray = field(default_factory=lambda: _none(np.float64))  # [V]
+    recall_mean: np.ndarray = field(default_factory=lambda: _none(np.float64))  # [V]
+    flops_share: float = 1.0
+    guard_disagreement: float = float('nan')
     reason: np.ndarray = field(default_factory=lambda: _none(np.uint8))  # [sum N_v]
     pruned_after_layer: np.ndarray = field(default_factory=lambda: _none(np.uint8))  # [sum N_v]
+    important: np.ndarray = field(default_factory=lambda: _none(np.uint8))  # [sum N_v]
     static_layer: int = 0
     layer_index: np.ndarray = field(default_factory=lambda: _none(np.uint32))
     layer_tokens: np.ndarray = field(default_factory=lambda: _none(np.uint32))

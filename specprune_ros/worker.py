@@ -1,7 +1,8 @@
-"""The inference thread: latest-value slot in, callbacks out. No ROS.
+"""The threads in which a policy lives. No ROS.
 
-The policy lives in this thread alone. Callers only leave things for it, and never wait: neither to
-submit, nor to stop publishing.
+One loads it, and whoever waits for that can give up. The other infers, latest-value slot in,
+callbacks out: callers only leave things for it, and never wait, neither to submit nor to stop
+publishing.
 """
 
 from __future__ import annotations
@@ -20,6 +21,50 @@ if TYPE_CHECKING:  # the node starts, and says so, where torch is missing
     from specprune_ros.policy import Policy
 
 MAX_STEPS = 1024  # executed steps kept while no query comes
+POLL_S = 0.05  # how often loading looks whether it is given up
+
+
+class LoadingThread:
+    """Loads a policy in a thread of its own.
+
+    Args:
+        load: returns the policy, or raises.
+    """
+
+    def __init__(self, load: Callable[[], Policy]):
+        self._load = load
+        self._outcome: list[Policy | Exception] = []
+        self._thread = threading.Thread(target=self._run, name='load', daemon=True)
+        self._thread.start()
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether it still loads."""
+        return self._thread.is_alive()
+
+    def wait(self, given_up: threading.Event) -> Policy:
+        """The policy, once it is loaded; handed over, so that its memory is the caller's to free.
+
+        Raises:
+            SpecPruneError: given_up was set; the thread goes on, and nobody hears of it.
+            Exception: whatever `load` raised.
+        """
+        while self._thread.is_alive():
+            self._thread.join(POLL_S)
+            if given_up.is_set():
+                raise SpecPruneError('the process is to end: loading is given up')
+        outcome = self._outcome.pop()
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    def _run(self) -> None:
+        try:
+            self._outcome.append(self._load())
+        except Exception as error:  # carried to the thread that waits
+            self._outcome.append(error)
+        except BaseException as error:  # a Rust extension's panic is no Exception
+            self._outcome.append(RuntimeError(f'{type(error).__name__}: {error}'))
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +82,7 @@ class InferenceWorker:
         policy: handed over; nobody else may call it from now on.
         on_result: called in the worker's thread after every query.
         on_error: likewise, with whatever went wrong; the worker goes on.
+        on_replan: likewise, when an executed action asks for a new query at once.
     """
 
     def __init__(
@@ -44,10 +90,12 @@ class InferenceWorker:
         policy: Policy,
         on_result: Callable[[Job, PolicyResult], None],
         on_error: Callable[[Exception], None],
+        on_replan: Callable[[], None] = lambda: None,
     ):
         self._policy = policy
         self._on_result = on_result
         self._on_error = on_error
+        self._on_replan = on_replan
         self._wake = threading.Condition()
         self._job: Job | None = None
         self._steps: deque[tuple[ExecutedAction, Mapping]] = deque(maxlen=MAX_STEPS)
@@ -66,8 +114,9 @@ class InferenceWorker:
             self._wake.notify()
 
     def observe(self, action: ExecutedAction, images: Mapping) -> None:
-        """Leave an executed action for the first query whose observation comes after it."""
+        """Leave an executed action; it counts before the first query left after it."""
         with self._wake:
+            self._wake.notify()
             full = len(self._steps) == MAX_STEPS
             self._steps.append((action, images))
             self._steps_before_job -= full and self._steps_before_job > 0
@@ -101,29 +150,36 @@ class InferenceWorker:
     def _run(self) -> None:
         while True:
             with self._wake:
-                self._wake.wait_for(lambda: self._stop or self._job is not None)
+                self._wake.wait_for(lambda: self._stop or self._job or self._steps)
                 if self._stop:
                     return
                 job, self._job = self._job, None
-                steps = [self._steps.popleft() for _ in range(self._steps_before_job)]
+                count = self._steps_before_job if job else len(self._steps)
+                steps = [self._steps.popleft() for _ in range(count)]
                 self._steps_before_job = 0
                 pruning, reset = self._pruning, self._reset
                 self._pruning, self._reset = None, False
             try:
-                self._prepare(steps, pruning, reset)
-                result = self._policy.infer(job.observation)
-                if not self._stop:
-                    self._on_result(job, result)
+                replan = self._prepare(steps, pruning, reset)
+                if job is not None:
+                    result = self._policy.infer(job.observation)
+                    if not self._stop:
+                        self._on_result(job, result)
+                elif replan:
+                    self._on_replan()
             except Exception as error:  # the thread must outlive any fault of one query
                 self._on_error(error)
 
-    def _prepare(self, steps: list, pruning: PruneConfig | None, reset: bool) -> None:
+    def _prepare(self, steps: list, pruning: PruneConfig | None, reset: bool) -> bool:
+        """Whether one of the executed steps asks for a new query at once."""
         if reset:
             self._policy.reset()
         if pruning is not None:
             self._policy.set_pruning(pruning)
+        replan = False
         for action, images in steps:
             try:
-                self._policy.observe_executed(action, images)
+                replan |= bool(self._policy.observe_executed(action, images))
             except SpecPruneError as error:
                 self._on_error(error)
+        return replan

@@ -47,8 +47,8 @@ def make_model(kind: str, kv_heads: int = 4) -> torch.nn.Module:
 
 def context() -> QueryContext:
     return QueryContext(
-        layout=LAYOUT, depth=LAYERS, device=torch.device('cpu'), fine=False, similarity=None,
-        memory=None, query=0,
+        layout=LAYOUT, depth=LAYERS, device=torch.device('cpu'), fine=False, alpha=0.8,
+        similarity=None, memory=None, query=0,
     )  # fmt: skip
 
 
@@ -182,6 +182,7 @@ def test_fixed_budget_needs_nothing_from_the_device(first):
             depth=LAYERS,
             device=torch.device('meta'),
             fine=False,
+            alpha=1.0,
             similarity=torch.zeros(shape, device='meta'),
             memory=None if first else memory,
             query=0,

@@ -13,7 +13,7 @@ PACKAGE = ROOT / 'specprune_ros'
 MODULES = sorted(path for path in PACKAGE.rglob('*.py'))
 ROS = {
     'rclpy', 'sensor_msgs', 'std_msgs', 'diagnostic_msgs', 'lifecycle_msgs', 'rcl_interfaces',
-    'builtin_interfaces', 'launch', 'launch_ros',
+    'builtin_interfaces', 'geometry_msgs', 'trajectory_msgs', 'launch', 'launch_ros',
 }  # fmt: skip
 
 

@@ -1,5 +1,8 @@
 """The newest good value of every input, and when they make an observation."""
 
+import math
+
+import cv2
 import numpy as np
 import pytest
 from hypothesis import given
@@ -8,7 +11,7 @@ from hypothesis import strategies as st
 from specprune_ros.config import RobotConfig, RuntimeConfig
 from specprune_ros.errors import ObservationError
 from specprune_ros.images import RawImage
-from specprune_ros.inbox import Inbox
+from specprune_ros.inbox import POSE_NAMES, Inbox, axis_angle, proprio_inputs
 
 NS = 1_000_000_000
 NOW = 1000 * NS
@@ -109,6 +112,166 @@ def test_robot_without_joints_needs_none():
     for camera in ('wrist', 'side'):
         inbox.put_image(camera, NOW, picture())
     assert inbox.observation(NOW).proprio is None
+
+
+# End-effector pose -----------------------------------------------------------------------------
+
+LIBERO = (*POSE_NAMES, 'finger_left', 'finger_right')
+FINGERS, POSITION, TURN = LIBERO[6:], (0.1, -0.2, 1.3), (0.6, 0.0, 0.0, 0.8)
+TURN_ANGLE = 2 * math.acos(0.8)  # about x
+ROOT = math.sqrt(0.5)
+
+
+def libero_inbox(joints: tuple[str, ...] = LIBERO) -> Inbox:
+    """One that lacks the robot's state only."""
+    inbox = make_inbox(joints)
+    inbox.put_instruction('go')
+    for camera in ('wrist', 'side'):
+        inbox.put_image(camera, NOW, picture())
+    return inbox
+
+
+def test_pose_and_fingers_make_the_state():
+    inbox = libero_inbox()
+    inbox.put_joints(NOW, ('other', *FINGERS), (9.0, 0.04, -0.04))
+    inbox.put_pose(NOW, POSITION, TURN)
+    expected = [*POSITION, TURN_ANGLE, 0.0, 0.0, 0.04, -0.04]
+    np.testing.assert_allclose(inbox.observation(NOW).proprio, expected, rtol=1e-12)
+
+
+@given(st.permutations(LIBERO), st.integers(1, len(LIBERO)))
+def test_state_is_in_the_configured_order(names, count):
+    names = tuple(names[:count])
+    inbox = libero_inbox(names)
+    inbox.put_joints(NOW, FINGERS, (0.04, -0.04))
+    inbox.put_pose(NOW, POSITION, TURN)
+    values = dict(zip(LIBERO, [*POSITION, TURN_ANGLE, 0.0, 0.0, 0.04, -0.04], strict=True))
+    expected = [values[name] for name in names]
+    np.testing.assert_allclose(inbox.observation(NOW).proprio, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ('joints', 'inputs'),
+    [
+        ((), ()),
+        (('a', 'b'), ('joint_states',)),
+        (('eef_x', 'eef_az'), ('eef_pose',)),
+        (LIBERO, ('joint_states', 'eef_pose')),
+    ],
+)
+def test_only_inputs_that_the_state_needs_are_waited_for(joints, inputs):
+    inbox = libero_inbox(joints)
+    assert proprio_inputs(RobotConfig(joint_names=joints)) == inputs
+    assert set(inbox.age_s(NOW)) - {'cameras/wrist', 'cameras/side'} == set(inputs)
+    positions = (0.0,) * len(joints)
+    inbox.put_joints(NOW - 100 * NS, joints, positions)
+    inbox.put_pose(NOW - 100 * NS, POSITION, TURN)
+    if 'joint_states' in inputs:
+        inbox.put_joints(NOW, joints, positions)
+    if 'eef_pose' in inputs:
+        inbox.put_pose(NOW, POSITION, TURN)
+    assert inbox.observation(NOW).stamp_ns == NOW
+
+
+@pytest.mark.parametrize('sign', [1, -1])
+def test_pose_missing_then_stale(sign):
+    inbox = libero_inbox()
+    inbox.put_joints(NOW, FINGERS, (0.04, -0.04))
+    error = refusal(inbox)
+    assert (error.code, error.field) == ('pose_missing', 'eef_pose')
+    assert inbox.age_s(NOW)['eef_pose'] == INF
+    inbox.put_pose(NOW - sign * NS // 5, POSITION, TURN)
+    assert inbox.observation(NOW).stamp_ns == min(NOW, NOW - sign * NS // 5)
+    inbox.put_pose(NOW - sign * NS // 4, POSITION, TURN)
+    error = refusal(inbox)
+    assert (error.code, error.field) == ('pose_stale', 'eef_pose')
+    assert f'{sign * 0.25:.3f} s old' in str(error)
+    assert inbox.age_s(NOW)['eef_pose'] == sign * 0.25
+
+
+def test_pose_is_forgotten_with_the_other_inputs():
+    inbox = libero_inbox(('eef_x',))
+    inbox.put_pose(NOW, POSITION, TURN)
+    inbox.forget_inputs()
+    assert inbox.age_s(NOW)['eef_pose'] == INF
+
+
+@pytest.mark.parametrize(
+    ('position', 'quaternion', 'code', 'told'),
+    [
+        ((NAN, 0, 0), TURN, 'pose_not_finite', 'nan'),
+        ((0, 0, -INF), TURN, 'pose_not_finite', 'inf'),
+        (POSITION, (0, 0, NAN, 1), 'pose_not_finite', 'nan'),
+        (POSITION, (0, 0, 0, 0), 'pose_quaternion', 'norm 1, has 0'),
+        (POSITION, (0, 0, 0, 2), 'pose_quaternion', 'norm 1, has 2'),
+        (POSITION, (0, 0, 0, 0.99), 'pose_quaternion', 'has 0.99'),
+        (POSITION, (1e200, 0, 0, 1e200), 'pose_quaternion', 'norm 1'),
+    ],
+)
+def test_bad_pose_is_refused_and_the_former_kept(position, quaternion, code, told):
+    inbox = libero_inbox(POSE_NAMES)
+    inbox.put_pose(NOW, POSITION, TURN)
+    with pytest.raises(ObservationError, match=told) as caught:
+        inbox.put_pose(NOW + 5, position, quaternion)
+    assert caught.value.code == code
+    assert caught.value.field.startswith('eef_pose')
+    assert inbox.observation(NOW).stamp_ns == NOW
+    assert inbox.observation(NOW).proprio[:3].tolist() == list(POSITION)
+
+
+@given(st.floats(-9e-4, 9e-4))
+def test_rounded_quaternions_count_as_their_rotation(error):
+    inbox = libero_inbox(POSE_NAMES)
+    inbox.put_pose(NOW, POSITION, np.array(TURN) * (1 + error))
+    np.testing.assert_allclose(
+        inbox.observation(NOW).proprio[3:], [TURN_ANGLE, 0, 0], rtol=1e-9, atol=1e-12
+    )
+
+
+@pytest.mark.parametrize(
+    ('quaternion', 'expected'),
+    [
+        ((0, 0, 0, 1), (0, 0, 0)),
+        ((0, 0, 0, -1), (0, 0, 0)),
+        ((0, 0, 0, 1 + 1e-9), (0, 0, 0)),  # rounded up: no root of a negative number
+        ((1, 0, 0, 0), (math.pi, 0, 0)),
+        ((-1, 0, 0, 0), (-math.pi, 0, 0)),
+        ((0, ROOT, 0, ROOT), (0, math.pi / 2, 0)),
+        ((0, -ROOT, 0, -ROOT), (0, -3 * math.pi / 2, 0)),  # the same rotation, the long way
+        ((0, 0, math.sin(0.05), math.cos(0.05)), (0, 0, 0.1)),
+    ],
+)
+def test_axis_angle(quaternion, expected):
+    np.testing.assert_allclose(axis_angle(quaternion), expected, atol=1e-9)
+
+
+def rotation(quaternion: np.ndarray) -> np.ndarray:
+    """[3, 3] matrix of a unit quaternion, w last."""
+    x, y, z, w = quaternion
+    return np.array(
+        [
+            [1 - 2 * (y * y + z * z), 2 * (x * y - z * w), 2 * (x * z + y * w)],
+            [2 * (x * y + z * w), 1 - 2 * (x * x + z * z), 2 * (y * z - x * w)],
+            [2 * (x * z - y * w), 2 * (y * z + x * w), 1 - 2 * (x * x + y * y)],
+        ]
+    )
+
+
+@given(st.lists(st.floats(-1, 1), min_size=4, max_size=4))
+def test_axis_angle_is_the_rotation_and_says_which_way(parts):
+    norm = np.linalg.norm(parts)
+    if norm < 1e-3:
+        return
+    quaternion = np.array(parts) / norm
+    vector = axis_angle(quaternion)
+    angle = np.linalg.norm(vector)
+    assert angle <= 2 * math.pi + 1e-6
+    matrix, _ = cv2.Rodrigues(vector)
+    np.testing.assert_allclose(matrix, rotation(quaternion), atol=1e-6)
+    if angle > 1e-3 and abs(quaternion[3]) < 0.999:
+        other = axis_angle(-quaternion)
+        assert vector @ other < 0
+        assert angle + np.linalg.norm(other) == pytest.approx(2 * math.pi, abs=1e-6)
 
 
 # Instruction -----------------------------------------------------------------------------------
@@ -250,3 +413,10 @@ def test_any_sequence_leaves_the_newest_good_values(puts):
     assert observation.proprio[2] == newest.get('joints', 0.3)
     expected = f'task {newest["instruction"]}' if 'instruction' in newest else 'pick up the soup'
     assert observation.instruction == expected
+
+
+def test_recent_images_leave_out_a_camera_that_fell_silent():
+    inbox = full_inbox()
+    inbox.put_image('side', NOW + NS, picture(3))
+    assert set(inbox.recent_images(NOW)) == {'wrist', 'side'}
+    assert set(inbox.recent_images(NOW + NS)) == {'side'}

@@ -5,15 +5,19 @@ import time
 
 import numpy as np
 import pytest
+from rosbags.rosbag2 import Writer
+from rosbags.typesys import Stores, get_typestore
 
 rclpy = pytest.importorskip('rclpy', reason='no ROS here: source one, or run scripts/test.sh')
 pytest.importorskip('specprune_ros.msg', reason='messages are not built: run scripts/setup.sh')
 
+from geometry_msgs.msg import PoseStamped  # noqa: E402
 from ros_world import CAMERAS, FAST_NODE, NodeProcess, World, ros_domain  # noqa: E402
 from sensor_msgs.msg import Image  # noqa: E402
 from std_msgs.msg import String  # noqa: E402
 
 from specprune_ros.config_files import parameter_names  # noqa: E402
+from specprune_ros.inbox import POSE_NAMES  # noqa: E402
 from specprune_ros.ros import conversions  # noqa: E402
 from specprune_ros.types import Mode  # noqa: E402
 
@@ -199,6 +203,70 @@ def test_new_instruction_starts_an_epoch(active):
     epoch = active.chunks[-1].epoch
     active.instruction.publish(String(data='open the drawer'))
     assert active.run(10, lambda: active.chunks[-1].epoch > epoch)
+
+
+# End-effector pose -----------------------------------------------------------------------------
+
+
+def test_only_a_robot_whose_state_needs_poses_waits_for_them(active):
+    assert active.count_subscribers('joint_states') == 1
+    assert active.count_subscribers('eef_pose') == 0
+
+
+@pytest.mark.slow
+def test_pose_as_proprioception():
+    world = World('posed_world', namespace='posed')
+    poses = world.create_publisher(PoseStamped, 'eef_pose', 1)
+
+    def send(*quaternion: float) -> None:
+        position = np.array([0.1, 0.2, 0.3])
+        poses.publish(conversions.pose_to_msg(position, quaternion, world.now_ns(), 'base'))
+
+    robot = {'robot.joint_names': list(POSE_NAMES)}
+    with NodeProcess('vla_node', {**FAST_NODE, **robot}, '-r', '__ns:=/posed') as process:
+        world.start()
+        message = world.fault_counted('pose_missing', lambda: None)
+        assert 'eef_pose' in message
+        assert world.count_subscribers('joint_states') == 0
+        world.create_timer(0.03, lambda: send(1.0, 0.0, 0.0, 0.0))
+        assert world.more_chunks(2), process.output()
+        message = world.fault_counted('pose_quaternion', lambda: send(0.0, 0.0, 0.0, 0.0))
+        assert 'eef_pose.orientation' in message
+        assert world.more_chunks(2)
+    world.destroy_node()
+
+
+def write_pose_bag(path) -> None:
+    """One grey image and one pose, a tenth of a second later."""
+    store = get_typestore(Stores.ROS2_HUMBLE)
+    types = {name.rpartition('/')[2]: kind for name, kind in store.types.items()}
+    header = types['Header'](types['Time'](0, 0), 'base')
+    pose = types['Pose'](types['Point'](0.1, 0.2, 0.3), types['Quaternion'](0.6, 0.0, 0.0, 0.8))
+    image = types['Image'](header, 2, 2, 'rgb8', 0, 6, np.full(12, 90, np.uint8))
+    messages = {
+        '/cameras/side/image_raw': image,
+        '/arm/eef_pose': types['PoseStamped'](header, pose),
+    }
+    with Writer(path, version=8) as writer:
+        for index, (topic, message) in enumerate(messages.items()):
+            kind = message.__msgtype__
+            connection = writer.add_connection(topic, kind, typestore=store)
+            data = store.serialize_cdr(message, kind)
+            writer.write(connection, 1_000_000_000 + index * 100_000_000, data)
+
+
+def test_replay_publishes_recorded_poses(tmp_path):
+    write_pose_bag(tmp_path / 'bag')
+    replay = {'recording': str(tmp_path / 'bag'), 'loop': True, 'wait_for_subscriber_s': 0.0}
+    world, got = World('replay_world', namespace='replayed'), []
+    world.streams.clear()
+    world.create_subscription(PoseStamped, 'eef_pose', got.append, 1)
+    with NodeProcess('replay_node', replay, '-r', '__ns:=/replayed') as process:
+        assert world.run(30, lambda: len(got) >= 2), process.output()
+    world.destroy_node()
+    assert abs(time.time_ns() - conversions.to_ns(got[-1].header.stamp)) < 10e9
+    assert got[-1].header.frame_id == 'base'
+    assert conversions.pose_from_msg(got[-1]) == ((0.1, 0.2, 0.3), (0.6, 0.0, 0.0, 0.8))
 
 
 # Parameters ------------------------------------------------------------------------------------

@@ -14,10 +14,11 @@ from conftest import DATA, make_action, make_policy
 from specprune_ros.cli import main
 from specprune_ros.config_files import from_mapping, load_config
 from specprune_ros.errors import ObservationError, RecordingError
+from specprune_ros.inbox import POSE_NAMES
 from specprune_ros.offline import fit_robot, run_recording
 from specprune_ros.policy import Policy
 from specprune_ros.recordings import Recording, open_recording
-from specprune_ros.recordings.base import CameraEvent, InstructionEvent, JointEvent
+from specprune_ros.recordings.base import CameraEvent, InstructionEvent, JointEvent, PoseEvent
 from specprune_ros.types import Mode, PolicyResult
 
 OWN_BAG = DATA / 'pick_place'
@@ -31,6 +32,7 @@ class InMemory:
     """A recording of given events."""
 
     path = 'in-memory'
+    has_poses = False
 
     def __init__(self, events: list, cameras=('side',), joint_names=(), has_actions=True):
         self._events = events
@@ -217,6 +219,31 @@ def test_half_of_the_configured_joints_is_an_error():
         fit_robot(from_mapping({'robot.joint_names': ['a', 'b']}), recording)
 
 
+@pytest.mark.parametrize(
+    ('wanted', 'has_poses', 'fitted'),
+    [
+        ((*POSE_NAMES, 'a'), True, (*POSE_NAMES, 'a')),
+        (POSE_NAMES, True, POSE_NAMES),
+        (POSE_NAMES, False, ('a', 'b')),
+        (('b', 'a'), True, ('b', 'a')),
+        ((), True, ('a', 'b')),
+    ],
+)
+def test_the_poses_elements_are_recorded_where_poses_are(wanted, has_poses, fitted):
+    recording = InMemory([], joint_names=('a', 'b'))
+    recording.has_poses = has_poses
+    robot = fit_robot(from_mapping({'robot.joint_names': wanted}), recording).robot
+    assert robot.joint_names == fitted
+
+
+def test_fingers_without_the_pose_are_an_error(own):
+    config = load_config(['robots/libero_franka'])
+    with pytest.raises(
+        RecordingError, match=r"no end-effector poses \(topic eef_pose\).*'eef_ax'"
+    ):
+        fit_robot(config, own)
+
+
 def test_no_more_cameras_than_a_model_takes():
     recording = InMemory([], has_actions=False)
     recording.cameras = tuple('abcdef')
@@ -271,6 +298,21 @@ def test_bad_joint_state_costs_no_query():
     run = list(run_recording(policy, InMemory(events, joint_names=('a',))))
     assert len([outcome for outcome in run if isinstance(outcome, ObservationError)]) == 1
     assert len(results_of(run)) == 2
+
+
+def test_recorded_poses_reach_the_model():
+    names = ('eef_z', 'eef_ax', 'a')
+    policy = make_policy(robot__camera_names=('side',), robot__joint_names=names)
+    pose = PoseEvent(0, np.array([0.1, 0.2, 0.3]), np.array([0.6, 0.0, 0.0, 0.8]))
+    bad = dataclasses.replace(pose, quaternion_xyzw=np.zeros(4))
+    events = [JointEvent(0, ('a',), np.ones(1)), pose, bad, *side_events(3)]
+    recording = InMemory(events, joint_names=('a',))
+    recording.has_poses = True
+    error, (observation, _), *_ = run_recording(policy, recording)
+    assert error.code == 'pose_quaternion'
+    np.testing.assert_allclose(observation.proprio, [0.3, 2 * math.acos(0.8), 1.0])
+    with pytest.raises(RecordingError, match='eef_pose'):
+        list(run_recording(policy, InMemory(events[3:], joint_names=('a',))))
 
 
 def test_an_input_that_comes_once_does_not_go_stale():

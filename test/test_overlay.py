@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from specprune_ros.images import turned
 from specprune_ros.overlay import draw_overlay, legend_text
 from specprune_ros.types import Mode, PruneReport, Reason
 
@@ -158,6 +159,81 @@ def test_nothing_is_painted_where_nothing_was_pruned(mode):
     np.testing.assert_array_equal(overlay[:480], image)
 
 
+# What the model sees ---------------------------------------------------------------------------
+
+CROP_SIDE = 0.9**0.5  # of models trained with random crops
+
+
+def noise(rows: int = 480, cols: int = 640) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 255, (rows, cols, 3), np.uint8)
+
+
+@pytest.mark.parametrize('size', [(480, 640), (224, 224), (301, 455)])
+def test_turned_image_is_drawn_as_the_model_sees_it(size):
+    image = noise(*size)
+    gone = [0, 0, STATIC, LAYER] * 4
+    report = make_report(gone=gone, rotation_deg=np.array([180], np.uint32))
+    expected = draw_overlay(turned(image, 180).copy(), make_report(gone=gone), 'wrist')
+    np.testing.assert_array_equal(draw_overlay(image, report, 'wrist'), expected)
+
+
+def test_each_camera_is_turned_by_its_own_angle():
+    image, gone = noise(), [STATIC] * 16
+    angles = np.array([0, 180], np.uint32)
+    report = make_report(gone=gone, cameras=('wrist', 'side'), rotation_deg=angles)
+    plain = make_report(gone=gone, cameras=('wrist', 'side'))
+    for camera, angle in zip(report.cameras, angles, strict=True):
+        expected = draw_overlay(turned(image, angle).copy(), plain, camera)
+        np.testing.assert_array_equal(draw_overlay(image, report, camera), expected)
+
+
+def crop_box(rows: int, cols: int, side: float) -> tuple[slice, slice]:
+    """The central share of a picture, to the pixel."""
+    edges = [round(length * (1 - side) / 2) for length in (rows, cols)]
+    return slice(edges[0], rows - edges[0]), slice(edges[1], cols - edges[1])
+
+
+@pytest.mark.parametrize('mode', [Mode.COARSE, Mode.FINE])
+@pytest.mark.parametrize('side', [CROP_SIDE, 0.5])
+def test_grid_covers_the_crop_only(mode, side):
+    image, gone = noise(960, 1280), [0, LAYER, STATIC, 0] * 4
+    overlay = draw_overlay(image, make_report(gone=gone, crop_side=side, mode=mode), 'wrist')
+    box = crop_box(960, 1280, side)
+    alone = draw_overlay(image[box], make_report(gone=gone, mode=mode), 'wrist')
+    seen = overlay[:960][box]
+    np.testing.assert_array_equal(seen, alone[: len(seen)])
+
+
+@pytest.mark.parametrize('mode', list(Mode))
+def test_frame_around_the_crop_is_dimmed_a_little_and_never_tinted(mode):
+    image = noise()
+    report = make_report(gone=[0, LAYER] * 8, crop_side=CROP_SIDE, mode=mode)
+    overlay = draw_overlay(image, report, 'wrist')[:480].astype(float)
+    frame = np.ones((480, 640), bool)
+    frame[crop_box(480, 640, CROP_SIDE)] = False
+    shares = overlay[frame].sum(axis=0) / image[frame].sum(axis=0)  # per colour
+    assert shares.min() > 0.5
+    assert shares.max() < 0.9
+    np.testing.assert_allclose(shares, shares[0], atol=0.01)
+    if mode in (Mode.DENSE, Mode.FALLBACK):
+        np.testing.assert_array_equal(overlay[~frame], image[~frame])
+
+
+@given(
+    rows=st.integers(1, 60),
+    cols=st.integers(1, 60),
+    side=st.floats(0.0, 1.0),
+    angle=st.sampled_from([0, 180]),
+)
+@settings(deadline=None, max_examples=40)
+def test_any_size_and_crop(rows, cols, side, angle):
+    report = make_report(crop_side=side, rotation_deg=np.array([angle], np.uint32))
+    overlay = draw_overlay(grey(rows, cols), report, 'wrist')
+    assert overlay.shape[1] % cols == 0
+    picture = overlay[: canvas_rows(overlay, grey(rows, cols))]
+    assert picture[picture.shape[0] // 2, picture.shape[1] // 2].argmax() in (BLUE, RED)
+
+
 # Sizes -----------------------------------------------------------------------------------------
 
 
@@ -212,9 +288,11 @@ def test_views_and_read_only_pictures(size):
     buffer = np.random.default_rng(0).integers(0, 255, (rows, cols + 5, 3), np.uint8)
     view = buffer[:, :cols]
     view.flags.writeable = False
-    report = make_report(gone=[STATIC, LAYER])
-    expected = draw_overlay(view.copy(), report, 'wrist')
-    np.testing.assert_array_equal(draw_overlay(view, report, 'wrist'), expected)
+    for angle in (0, 180):
+        turn = {'rotation_deg': np.array([angle], np.uint32), 'crop_side': CROP_SIDE}
+        report = make_report(gone=[STATIC, LAYER], **turn)
+        expected = draw_overlay(view.copy(), report, 'wrist')
+        np.testing.assert_array_equal(draw_overlay(view, report, 'wrist'), expected)
 
 
 # Text ------------------------------------------------------------------------------------------

@@ -293,7 +293,7 @@ def test_bad_executed_action_makes_motion_unknown(policy, action, code):
 
 
 def test_nan_action_never_leaves(policy, monkeypatch):
-    monkeypatch.setattr(policy.model, 'act', lambda hidden: torch.full((8, 7), torch.nan))
+    monkeypatch.setattr(policy.model, 'act', lambda prompt, decode: torch.full((8, 7), torch.nan))
     with pytest.raises(ActionError):
         policy.infer(make_observation())
     monkeypatch.undo()

@@ -193,6 +193,25 @@ def test_trap_9_other_jpeg_decoders():
         assert wrong.mean() == pytest.approx(0.9, abs=0.1)
 
 
+@pytest.mark.golden
+@pytest.mark.parametrize('name', ['in_224', 'in_480x640'])
+def test_without_skip_an_image_of_the_models_size_is_coded_too(name):
+    """As OpenVLA's and UniVLA's scripts do it; other sizes are coded either way."""
+    image = vectors()[name]
+    expected = resize_lanczos3(jpeg_round_trip(image), SIZE)
+    coded = make('exact', skip_at_size=False, center_crop=False)
+    np.testing.assert_array_equal(one(coded, image), expected)
+    np.testing.assert_array_equal(
+        one(make('exact', skip_at_size=False), image), center_crop(expected)
+    )
+    skipped = one(make('exact', center_crop=False), image)
+    assert difference(skipped, expected).any() == (name == 'in_224')
+    fast = make('fast', center_crop=False)
+    np.testing.assert_array_equal(
+        one(make('fast', center_crop=False, skip_at_size=False), image), one(fast, image)
+    )
+
+
 # Exact: the quick resize and the slow one ------------------------------------------------------
 
 

@@ -16,7 +16,7 @@ from specprune_ros.images import as_rgb
 from specprune_ros.offline import run_recording
 from specprune_ros.recordings import open_recording
 from specprune_ros.recordings.bag import camera_name
-from specprune_ros.recordings.base import CameraEvent, InstructionEvent, JointEvent
+from specprune_ros.recordings.base import CameraEvent, InstructionEvent, JointEvent, PoseEvent
 from specprune_ros.types import ActionSpace, ExecutedAction
 
 OWN_BAG = DATA / 'pick_place'
@@ -26,6 +26,7 @@ PERIOD = NS // 20
 IMAGE, COMPRESSED = 'sensor_msgs/msg/Image', 'sensor_msgs/msg/CompressedImage'
 JOINTS, TEXT = 'sensor_msgs/msg/JointState', 'std_msgs/msg/String'
 EXECUTED = 'specprune_ros/msg/ExecutedAction'
+POSE = 'geometry_msgs/msg/PoseStamped'
 ACTION_NAMES = ('x', 'y', 'z', 'roll', 'pitch', 'yaw', 'gripper')
 
 
@@ -96,6 +97,12 @@ class BagWriter:
             'dry_run': False,
         }
         return self.make(EXECUTED, **{**fields, **changes})
+
+    def pose(self, position: tuple[float, ...], quaternion_xyzw: tuple[float, ...]):
+        types = self.store.types
+        point = types['geometry_msgs/msg/Point'](*position)
+        quaternion = types['geometry_msgs/msg/Quaternion'](*quaternion_xyzw)
+        return self.make(POSE, pose=types['geometry_msgs/msg/Pose'](point, quaternion))
 
     def text(self, text: str):
         return self.make(TEXT, data=text)
@@ -326,6 +333,43 @@ def test_joints_of_one_topic_are_the_robots(tmp_path):
     ]
 
 
+def poses_of(path: Path) -> list[PoseEvent]:
+    recording = open_recording(path)
+    poses = of_kind(list(recording.events()), PoseEvent)
+    assert recording.has_poses == bool(poses)
+    return poses
+
+
+@pytest.mark.parametrize('topic', ['/eef_pose', '/arm/left/eef_pose'])
+def test_end_effector_pose_in_any_namespace(tmp_path, topic):
+    with BagWriter(tmp_path / 'bag') as bag:
+        for step in range(3):
+            bag.put_image('/cameras/side/image_raw', step * PERIOD, picture())
+            bag.put(topic, step * PERIOD, bag.pose((0.1, -0.2, step), (0.6, 0.0, 0.0, 0.8)))
+    poses = poses_of(tmp_path / 'bag')
+    assert [event.stamp_ns for event in poses] == [0, PERIOD, 2 * PERIOD]
+    assert poses[2].position.tolist() == [0.1, -0.2, 2.0]
+    assert poses[2].quaternion_xyzw.tolist() == [0.6, 0.0, 0.0, 0.8]
+    assert poses[2].frame_id == 'base'
+
+
+def test_other_poses_are_not_the_end_effectors(tmp_path, small_bag):
+    with BagWriter(tmp_path / 'bag') as bag:
+        bag.put_image('/cameras/side/image_raw', 0, picture())
+        for topic in ('/goal_pose', '/eef_pose/raw', '/my_eef_pose'):
+            bag.put(topic, 0, bag.pose((0, 0, 0), (0, 0, 0, 1)))
+        bag.put('/twin/eef_pose', 0, bag.text('a text'))
+    assert poses_of(tmp_path / 'bag') == poses_of(small_bag) == []
+
+
+def test_one_arms_poses_are_taken(tmp_path):
+    with BagWriter(tmp_path / 'bag') as bag:
+        bag.put_image('/cameras/side/image_raw', 0, picture())
+        for x, topic in enumerate(('/b/eef_pose', '/a/eef_pose', '/a/filtered/eef_pose')):
+            bag.put(topic, x, bag.pose((x, 0, 0), (0, 0, 0, 1)))
+    assert [event.position[0] for event in poses_of(tmp_path / 'bag')] == [1.0]
+
+
 def test_empty_action_topic_is_no_action(tmp_path):
     with BagWriter(tmp_path / 'bag') as bag:
         bag.put_image('/cameras/side/image_raw', 0, picture())
@@ -349,7 +393,8 @@ def write_video(path: Path, fps: float = 10.0) -> Path:
 def test_video(tmp_path, suffix):
     recording = open_recording(write_video(tmp_path / f'wipe_the-table{suffix}'), camera='front')
     assert recording.cameras == ('front',)
-    assert (recording.joint_names, recording.has_actions) == ((), False)
+    assert recording.joint_names == ()
+    assert (recording.has_poses, recording.has_actions) == (False, False)
     assert recording.duration_s == pytest.approx(0.4)
     text, *images = list(recording.events())
     assert text.text == 'wipe the table'
@@ -381,6 +426,7 @@ def write_npz(path: Path, **changes: object) -> Path:
 def test_npz(tmp_path):
     recording = open_recording(write_npz(tmp_path / 'sample.npz'))
     assert recording.cameras == ('full', 'wrist')
+    assert not recording.has_poses
     assert recording.joint_names == ('state_0', 'state_1', 'state_2')
     assert not recording.has_actions
     events = list(recording.events())
@@ -547,7 +593,9 @@ def test_storage_with_random_damage(tmp_path, storage):
     assert refused
 
 
-@pytest.mark.parametrize('topic', ['/joint_states', '/executed_action', '/cam/image_raw'])
+@pytest.mark.parametrize(
+    'topic', ['/joint_states', '/eef_pose', '/executed_action', '/cam/image_raw']
+)
 @pytest.mark.parametrize('cut', [0, 4, 20])
 def test_message_that_ends_early(tmp_path, topic, cut):
     """Bug: rosbags' AnyReaderError (or another) came through."""
@@ -559,6 +607,7 @@ def test_message_that_ends_early(tmp_path, topic, cut):
         )  # fmt: skip
         messages = {
             '/joint_states': bag.joints(('a', 'b'), (1.0, 2.0)),
+            '/eef_pose': bag.pose((0.0, 0.0, 0.0), (0.0, 0.0, 0.0, 1.0)),
             '/executed_action': bag.action(0.1),
             '/cam/image_raw': image,
         }

@@ -1,7 +1,9 @@
 """The inference thread with a policy of our own making, and what `/diagnostics` counts."""
 
+import gc
 import threading
 import time
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,11 +11,11 @@ import pytest
 
 from specprune_ros import health as health_module
 from specprune_ros.config import PruneConfig, RobotConfig, RuntimeConfig
-from specprune_ros.errors import ActionError, ConfigError, ObservationError
+from specprune_ros.errors import ActionError, ConfigError, ObservationError, SpecPruneError
 from specprune_ros.health import REPEAT_S, Health
 from specprune_ros.inbox import Inbox
 from specprune_ros.types import Mode, PruneReport
-from specprune_ros.worker import MAX_STEPS, InferenceWorker, Job
+from specprune_ros.worker import MAX_STEPS, InferenceWorker, Job, LoadingThread
 
 SOON = 5.0  # seconds within which a thread surely did what it was told
 ABSENT = 0.05  # seconds after which what did not happen will not
@@ -173,9 +175,9 @@ def test_steps_come_in_order_before_the_query(bench):
 def test_steps_during_a_query_wait_for_the_next(bench):
     bench.hold(1)
     bench.worker.observe('moved', {})
+    assert calls(bench, 'step') == []
     bench.policy.gate.set()
     bench.wait()
-    assert calls(bench, 'step') == []
     bench.submit(2)
     bench.wait()
     assert calls(bench) == [('infer', 'scene'), ('step', 'moved'), ('infer', 'scene')]
@@ -189,10 +191,22 @@ def test_steps_after_an_observation_are_not_in_its_query(bench):
     bench.worker.observe('after', {})
     bench.policy.gate.set()
     bench.wait(2)
-    assert calls(bench)[1:] == [('step', 'before'), ('infer', 'second')]
+    assert calls(bench)[1:3] == [('step', 'before'), ('infer', 'second')]
     bench.submit(3, 'third')
     bench.wait()
     assert calls(bench)[3:] == [('step', 'after'), ('infer', 'third')]
+
+
+def test_a_step_that_asks_for_a_new_query_is_passed_on_at_once():
+    asked = threading.Event()
+    policy = FakePolicy()
+    policy.observe_executed = lambda action, images: action == 'fine'
+    worker = InferenceWorker(policy, None, None, asked.set)
+    worker.observe('coarse', {})
+    assert not asked.wait(ABSENT)
+    worker.observe('fine', {})
+    assert asked.wait(SOON)
+    assert worker.stop(SOON)
 
 
 def test_a_bad_step_costs_neither_the_others_nor_the_query(bench):
@@ -206,11 +220,13 @@ def test_a_bad_step_costs_neither_the_others_nor_the_query(bench):
     assert len(bench.results) == 1
 
 
-def test_the_newest_steps_are_kept(bench):
+def test_the_newest_steps_of_a_long_query_are_kept(bench):
+    bench.hold(1)
     for step in range(MAX_STEPS + 30):
         bench.worker.observe(step, {})
-    bench.submit(1)
-    bench.wait()
+    bench.submit(2)
+    bench.policy.gate.set()
+    bench.wait(2)
     assert [step for _, step in calls(bench, 'step')] == list(range(30, MAX_STEPS + 30))
 
 
@@ -294,6 +310,54 @@ def test_nothing_is_published_after_stop():
     assert bench.nothing_more()
     assert bench.results == []
     assert len(calls(bench, 'infer')) == 1
+
+
+# Loading ---------------------------------------------------------------------------------------
+
+
+def test_loading_hands_the_policy_over_and_keeps_nothing():
+    """A policy that the thread still held would keep the GPU's memory after cleanup."""
+    policies = [FakePolicy()]
+    gone = weakref.ref(policies[0])
+    loading = LoadingThread(policies.pop)
+    policy = loading.wait(threading.Event())
+    assert policy is gone()
+    assert not loading.is_alive
+    del policy
+    gc.collect()
+    assert gone() is None
+
+
+class Panic(BaseException):
+    """What an extension written in Rust raises when it breaks."""
+
+
+@pytest.mark.parametrize(
+    ('fault', 'kind'),
+    [
+        (ConfigError('model.name', 'huge', 'unknown'), ConfigError),
+        (ZeroDivisionError('by zero'), ZeroDivisionError),
+        (Panic('broken tokenizer'), RuntimeError),
+    ],
+)
+def test_what_loading_raises_comes_to_the_one_who_waits(fault, kind):
+    def load():
+        raise fault
+
+    with pytest.raises(kind, match=str(fault)):
+        LoadingThread(load).wait(threading.Event())
+
+
+def test_loading_can_be_given_up():
+    gate, stop = threading.Event(), threading.Event()
+    loading = LoadingThread(lambda: gate.wait(SOON))
+    threading.Timer(0.05, stop.set).start()
+    before = time.monotonic()
+    with pytest.raises(SpecPruneError, match='given up'):
+        loading.wait(stop)
+    assert 0.04 < time.monotonic() - before < 1.0
+    assert loading.is_alive
+    gate.set()
 
 
 # Health ----------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from specprune_ros.config import PolicyConfig
-from specprune_ros.models import load_model
+from specprune_ros.models import load
 from specprune_ros.policy import Policy
 from specprune_ros.timing import STAGES
 from specprune_ros.types import ExecutedAction, Observation, PruneReport
@@ -63,7 +63,7 @@ def make_variants(config: PolicyConfig, cameras: int) -> list[Variant]:
         camera_transports=config.robot.camera_transports[:1],
     )
     config = dataclasses.replace(config, robot=robot)
-    model = load_model(config)
+    model = load(config)
 
     def variant(method: str, budget: str) -> Variant:
         pruning = dataclasses.replace(config.pruning, method=method, budget=budget)

@@ -12,6 +12,7 @@ import json
 from pathlib import Path
 
 from specprune_ros.cli.options import add_config_arguments, at_least, config_from
+from specprune_ros.config import PolicyConfig
 from specprune_ros.errors import ConfigError
 
 
@@ -22,6 +23,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         '--cameras', type=int, nargs='+', default=[1, 2, 3], choices=range(1, 5), metavar='N'
     )
     parser.add_argument('--repeats', type=int, default=30, help='queries per variant')
+    parser.add_argument(
+        '--preprocessing',
+        metavar='RECORDING',
+        help='instead: exact against fast preprocessing on a recording',
+    )
     parser.add_argument('--csv', type=Path, help='write all rows here')
     parser.add_argument('--json', type=Path, help='write all rows here, as a list')
 
@@ -32,6 +38,8 @@ def run(arguments: argparse.Namespace) -> int:
     from specprune_ros.models import pick_device
 
     config = config_from(arguments)
+    if arguments.preprocessing:
+        return compare_preprocessing(config, arguments.preprocessing)
     repeats = at_least('repeats', arguments.repeats, 1)
     for path in filter(None, (arguments.json, arguments.csv)):
         check_writable(path)  # before the measurement, not after it
@@ -52,6 +60,42 @@ def run(arguments: argparse.Namespace) -> int:
             writer = csv.DictWriter(file, fieldnames=records[0])
             writer.writeheader()
             writer.writerows(records)
+    return 0
+
+
+def compare_preprocessing(config: PolicyConfig, path: str) -> int:
+    """Print how far fast preprocessing is from exact on a recording."""
+    from specprune_ros.bench import latency
+    from specprune_ros.bench.preprocessing import compare
+    from specprune_ros.images import as_rgb
+    from specprune_ros.models import pick_device
+    from specprune_ros.offline import fit_robot, run_recording
+    from specprune_ros.policy import Policy
+    from specprune_ros.recordings import open_recording
+
+    recording = open_recording(path)
+    config = fit_robot(config, recording)
+    steps = run_recording(Policy.load(config), recording)
+    observations = [step[0] for step in steps if isinstance(step, tuple)]
+    if len(observations) < 2:
+        raise ConfigError('--preprocessing', path, 'needs at least two queries')
+    decoded = [
+        dataclasses.replace(
+            observation, images={name: as_rgb(image) for name, image in observation.images.items()}
+        )
+        for observation in observations
+    ]
+    result = compare(config, decoded)
+    environment = latency.environment(pick_device(config.model.device))
+    print(', '.join(f'{key} {value}' for key, value in environment.items()))
+    shapes = {image.shape[:2] for image in decoded[0].images.values()}
+    print(f'{len(decoded)} queries, {len(config.robot.camera_names)} cameras of {sorted(shapes)}')
+    print(f'time:    exact {result.exact_ms:.2f} ms, fast {result.fast_ms:.2f} ms, all cameras')
+    print(f'pixels:  differ by {result.pixel_mean:.3f} on average, {result.pixel_max:.0f} at most')
+    print(
+        f'actions: differ by {result.action_mean:.5f} on average, {result.action_max:.5f} at most '
+        f'(normalised, dense; from query to query they change by {result.action_step:.5f})'
+    )
     return 0
 
 

@@ -49,7 +49,8 @@ def config_from(arguments: argparse.Namespace) -> PolicyConfig:
         except (ValueError, yaml.YAMLError) as error:
             reason = ' '.join(str(error).split())
             raise ConfigError('--set', text, f'the value is not YAML: {reason}') from error
-    return load_config(arguments.params or ['models/tiny'], overrides)
+    default = getattr(arguments, 'params_default', ['models/tiny'])
+    return load_config(arguments.params or default, overrides)
 
 
 def at_least(name: str, value: int, least: int) -> int:

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
 from specprune_ros.config import PolicyConfig
+from specprune_ros.config_files import load_config
 from specprune_ros.errors import ConfigError
 from specprune_ros.models.base import VLAModel
 
 # name -> module with load(config, device) -> VLAModel
-MODELS = {'tiny': 'specprune_ros.models.tiny'}
+MODELS = {
+    'tiny': 'specprune_ros.models.tiny',
+    'openvla_oft': 'specprune_ros.models.openvla_checkpoint',
+    'openvla': 'specprune_ros.models.openvla_checkpoint',
+    'univla': 'specprune_ros.models.openvla_checkpoint',
+}
 
 
-def load_model(config: PolicyConfig) -> VLAModel:
+def load(config: PolicyConfig) -> VLAModel:
     """Load the configured model onto its device.
 
     Raises:
@@ -28,6 +36,41 @@ def load_model(config: PolicyConfig) -> VLAModel:
     if config.model.threads:
         torch.set_num_threads(config.model.threads)
     return importlib.import_module(MODELS[name]).load(config, pick_device(config.model.device))
+
+
+def load_model(
+    folder: str | Path,
+    *,
+    cameras: Sequence[str],
+    platform: str | Path = 'libero_franka',
+    device: str = 'auto',
+    dtype: str = 'auto',
+    **model: object,
+) -> VLAModel:
+    """Load a published checkpoint folder, without configuration files.
+
+    Args:
+        folder: of an OpenVLA-OFT checkpoint (`name='openvla'` for a plain OpenVLA one,
+            `name='univla'` for UniVLA).
+        cameras: names, in the order in which the model was trained.
+        platform: robot whose constants the checkpoint was trained with (chunk length, action and
+            proprioception elements, normalisation, gripper): a file of config/robots, or a path.
+        device, dtype, **model: fields of ModelConfig.
+
+    Raises:
+        ConfigError, MissingDependencyError, CheckpointError: as `load`.
+    """
+    robot = platform if Path(platform).is_file() else f'robots/{platform}'
+    values = {'name': 'openvla_oft', 'device': device, 'dtype': dtype, **model}
+    settings = {f'model.{name}': value for name, value in values.items()}
+    settings['model.checkpoint'] = str(folder)
+    settings |= {
+        'robot.camera_names': tuple(cameras),
+        'robot.camera_topics': (),
+        'robot.camera_transports': ('raw',),
+        'robot.camera_rotations': (0,),
+    }
+    return load(load_config([robot], settings))
 
 
 def pick_device(name: str) -> torch.device:

@@ -6,13 +6,14 @@ into actions. It never sees a pruning method.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 
-from specprune_ros.models.decoder import Decoder
+from specprune_ros.models.decoder import Decoder, QueryDecoder
 from specprune_ros.token_layout import TokenLayout
 
 
@@ -38,6 +39,7 @@ class ModelInfo:
         stand_in: True when the weights are random: the actions mean nothing.
         cameras: camera names in model order.
         image_size: (rows, cols) of the images that `embed` takes.
+        crop_side: share of a camera image's side that the model sees (the centre).
         grid: (rows, cols) of a camera's patches.
         proprio_dim: P, 0 for none.
         horizon: L.
@@ -49,11 +51,26 @@ class ModelInfo:
     stand_in: bool
     cameras: tuple[str, ...]
     image_size: tuple[int, int]
+    crop_side: float
     grid: tuple[int, int]
     proprio_dim: int
     horizon: int
     action_dim: int
     parameters: int
+
+
+class ActionHead(nn.Module):
+    """Turns a query into normalised actions; most need one pass of the decoder."""
+
+    def act(self, prompt: Prompt, decode: QueryDecoder) -> Tensor:
+        """[L, A] normalised actions, in the model's dtype.
+
+        Args:
+            prompt: from the model's `embed`.
+            decode: runs the decoder on input embeddings.
+        """
+        head = prompt.layout.head.idx(prompt.embeds.device)
+        return self(decode(prompt.embeds).at(head))
 
 
 class VLAModel(Protocol):
@@ -62,8 +79,15 @@ class VLAModel(Protocol):
     info: ModelInfo
     decoder: Decoder
 
-    def preprocess(self, image: np.ndarray) -> np.ndarray:
-        """[H, W, 3] uint8 RGB, any size -> [*image_size, 3] uint8 as the model sees it."""
+    def preprocess(self, images: Sequence[np.ndarray]) -> Tensor:
+        """Images as the model sees them.
+
+        Args:
+            images: [H, W, 3] uint8 RGB each, of any size.
+
+        Returns:
+            [V, *image_size, 3] uint8 on the model's device.
+        """
 
     def embed(self, images: Tensor, proprio: np.ndarray | None, instruction: str) -> Prompt:
         """Encode one query.
@@ -72,10 +96,18 @@ class VLAModel(Protocol):
             images: [V, *image_size, 3] uint8 on the model's device, in camera order.
             proprio: [P] raw joint positions, or None.
             instruction: the user's words.
+
+        Raises:
+            ObservationError: the instruction is too long.
         """
 
-    def act(self, hidden: Tensor) -> Tensor:
-        """[len(layout.head), C] final hidden states -> [L, A] normalised actions, float32."""
+    def act(self, prompt: Prompt, decode: QueryDecoder) -> Tensor:
+        """[L, A] normalised actions, float32.
+
+        Args:
+            prompt: from `embed`.
+            decode: runs the decoder, pruned, as often as the head needs.
+        """
 
     def unnormalize(self, normalized: np.ndarray) -> np.ndarray:
         """[L, A] normalised -> [L, A] float64 in the robot's units."""

@@ -8,8 +8,9 @@ renumbered positions success falls by half (VLA-ACL, Table IV).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +43,16 @@ class Decoder:
     rotary_scale: float
     head_dim: int
     causal: bool
+
+    @property
+    def width(self) -> int:
+        """C, width of the hidden states."""
+        return self.layers[0].self_attn.q_proj.in_features
+
+    @property
+    def mlp_width(self) -> int:
+        """Inner width of the layers' MLP."""
+        return self.layers[0].mlp.gate_proj.out_features
 
     @classmethod
     def of(cls, model: nn.Module, *, causal: bool) -> Decoder:
@@ -80,6 +91,26 @@ class Decoded:
     def at(self, positions: Tensor) -> Tensor:
         """[M, C] hidden states of surviving positions [M]."""
         return self.hidden[TokenLayout.row_idx(self.pos_idx, positions)]
+
+
+@dataclass(eq=False)
+class KVCache:
+    """Rotated keys and values, [H, K_l, D] each, of the rows that every layer l saw."""
+
+    layers: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    def extend(self, index: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Append rows to a layer's; layers come in order the first time.
+
+        Returns:
+            All of the layer's keys and values.
+        """
+        if index == len(self.layers):
+            self.layers.append((key, value))
+        else:
+            past_key, past_value = self.layers[index]
+            self.layers[index] = torch.cat((past_key, key), 1), torch.cat((past_value, value), 1)
+        return self.layers[index]
 
 
 class SurvivingRows:
@@ -139,19 +170,36 @@ class Probe:
 
     def text_attention(self, prompt: bool = False) -> Tensor:
         """[H, T, M] attention of the text's rows to the image; [H, T, K] exists on the way."""
-        return self._attention(self._text_rows(prompt), self._rows.visual)
+        return self.attention(self._text_rows(prompt), self._rows.visual)
 
     def image_attention(self, prompt: bool = False) -> Tensor:
-        """[H, T, M] attention of the image's rows to the text, SCORE_CHUNK rows at a time."""
-        text = self._text_rows(prompt)
-        chunks = self._rows.visual.split(SCORE_CHUNK)
-        return torch.cat([self._attention(rows, text) for rows in chunks], dim=1).mT
+        """[H, T, M] attention of the image's rows to the text, never an [L, L] map.
+
+        Only the text's columns are formed; what normalises them is the log-sum-exp of the rows,
+        which the fused attention kernels return. In a causal model the image comes first: 0.
+        """
+        text, image = self._text_rows(prompt), self._rows.visual
+        if self._causal:
+            shape = (self._query.shape[0], len(text), len(image))
+            return torch.zeros(shape, device=self._query.device)
+        query = self._query[:, image]
+        total = log_sum_exp(query, self._key)
+        if total is None:
+            chunks = [self.attention(rows, text) for rows in image.split(SCORE_CHUNK)]
+            return torch.cat(chunks, dim=1).mT
+        logits = query.float() @ self._key[:, text].float().mT * query.shape[-1] ** -0.5
+        return (logits - total[..., None]).exp().mT
 
     def _text_rows(self, prompt: bool) -> Tensor:
         return self._rows.prompt if prompt else self._rows.instruction
 
-    def _attention(self, query_rows: Tensor, key_rows: Tensor) -> Tensor:
-        """[H, Q, M] float32 probabilities; each row is normalised over all K keys."""
+    def attention(self, query_rows: Tensor, key_rows: Tensor) -> Tensor:
+        """[H, Q, M] float32 probabilities; each row is normalised over all K keys.
+
+        Args:
+            query_rows: [Q] rows of the hidden states that the layer saw.
+            key_rows: [M], likewise.
+        """
         query = self._query[:, query_rows].float()
         logits = query @ self._key.float().mT * query.shape[-1] ** -0.5
         if self._causal:
@@ -160,7 +208,32 @@ class Probe:
         return logits.softmax(dim=-1)[..., key_rows]
 
 
-def decode(decoder: Decoder, embeds: Tensor, layout: TokenLayout, run: PruneRun) -> Decoded:
+def log_sum_exp(query: Tensor, key: Tensor) -> Tensor | None:
+    """Log of every query's softmax normaliser, from the fused attention kernel.
+
+    Args:
+        query: [H, Q, D].
+        key: [H, K, D].
+
+    Returns:
+        [H, Q] float32 with the usual scale D^-0.5; None on a device without such a kernel.
+    """
+    if query.device.type == 'cpu':
+        fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        return fused(query[None], key[None], key[None])[1][0].float()
+    if query.device.type == 'cuda':  # pads the rows to a multiple of its tile
+        fused = torch.ops.aten._scaled_dot_product_efficient_attention
+        return fused(query[None], key[None], key[None], None, True)[1][0, :, : query.shape[1]]
+    return None
+
+
+def decode(
+    decoder: Decoder,
+    embeds: Tensor,
+    layout: TokenLayout,
+    run: PruneRun,
+    cache: KVCache | None = None,
+) -> Decoded:
     """Run the decoder, dropping the tokens that `run` does not keep.
 
     Args:
@@ -168,6 +241,7 @@ def decode(decoder: Decoder, embeds: Tensor, layout: TokenLayout, run: PruneRun)
         embeds: [S, C] input embeddings.
         layout: of the unpruned sequence.
         run: decides after every layer.
+        cache: an empty one to fill, for a model that goes on token by token.
 
     Returns:
         Hidden states after the final norm.
@@ -178,13 +252,100 @@ def decode(decoder: Decoder, embeds: Tensor, layout: TokenLayout, run: PruneRun)
     rows = SurvivingRows(layout, embeds.device)
     cos, sin = decoder.rotary(rows.pos_idx, embeds.dtype)
     hidden = embeds
-    for index, layer in enumerate(decoder.layers):
-        hidden, query, key = _layer_forward(layer, hidden, cos, sin, decoder)
+    for index in range(len(decoder.layers)):
+        hidden, query, key = _layer_forward(decoder, index, hidden, cos, sin, cache)
         keep = _ask(run, Probe(index + 1, hidden, query, key, decoder.causal, rows))
         if keep is not None:
             gather = rows.keep(keep)
             hidden, cos, sin = hidden[gather], cos[gather], sin[gather]
     return Decoded(decoder.norm(hidden), rows.pos_idx)
+
+
+class QueryDecoder:
+    """The decoder for one query: the first pass prunes, later ones keep the same tokens.
+
+    A diffusion head passes once per denoising step, a causal model goes on token by token.
+
+    Args:
+        decoder: the layers.
+        layout: of the unpruned sequence.
+        run: the method's, asked in the first pass only.
+        keep_floor: share of all visual tokens that must stay at the least.
+        lap: told 'act' before and 'decode' after every pass, for the clock.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        layout: TokenLayout,
+        run: PruneRun,
+        *,
+        keep_floor: float = 0.0,
+        lap: Callable[[str], None] = lambda stage: None,
+    ):
+        self._decoder = decoder
+        self._layout = layout
+        self._run: PruneRun = _Recorder(run, math.ceil(keep_floor * layout.visual_count))
+        self._lap = lap
+
+    def __call__(self, embeds: Tensor, cache: KVCache | None = None) -> Decoded:
+        """One pass over [S, C]; see `decode`."""
+        self._lap('act')
+        decoded = decode(self._decoder, embeds, self._layout, self._run, cache)
+        if isinstance(self._run, _Recorder):
+            self._run = _Replay(self._run.kept)
+        self._lap('decode')
+        return decoded
+
+    def extend(self, embeds: Tensor, pos_idx: Tensor, cache: KVCache) -> Tensor:
+        """Decode one token more.
+
+        Args:
+            embeds: [1, C].
+            pos_idx: [1] its position in the unpruned sequence.
+            cache: filled by a pass; grows by the token.
+
+        Returns:
+            [1, C] hidden state after the final norm.
+        """
+        self._lap('act')
+        decoder, hidden = self._decoder, embeds
+        cos, sin = decoder.rotary(pos_idx, embeds.dtype)
+        for index in range(len(decoder.layers)):
+            hidden, _, _ = _layer_forward(decoder, index, hidden, cos, sin, cache)
+        self._lap('decode')
+        return decoder.norm(hidden)
+
+
+class _Recorder(PruneRun):
+    """Passes on what a run keeps, refuses too little, and remembers it."""
+
+    def __init__(self, run: PruneRun, least: int):
+        super().__init__(run.context)
+        self._run = run
+        self._least = least
+        self.kept: dict[int, Tensor] = {}
+
+    def after_layer(self, probe: Probe) -> Tensor | None:
+        keep = self._run.after_layer(probe)
+        if keep is not None:
+            if len(keep) < self._least:
+                raise PruningError(
+                    f'layer {probe.layer}: keeps {len(keep)} visual tokens, less than '
+                    f'{self._least} (pruning.keep_floor)'
+                )
+            self.kept[probe.layer] = keep
+        return keep
+
+
+class _Replay(PruneRun):
+    """Keeps what an earlier pass kept."""
+
+    def __init__(self, kept: dict[int, Tensor]):
+        self._kept = kept
+
+    def after_layer(self, probe: Probe) -> Tensor | None:
+        return self._kept.get(probe.layer)
 
 
 def _ask(run: PruneRun, probe: Probe) -> Tensor | None:
@@ -204,9 +365,10 @@ def _ask(run: PruneRun, probe: Probe) -> Tensor | None:
 
 
 def _layer_forward(
-    layer: nn.Module, hidden: Tensor, cos: Tensor, sin: Tensor, decoder: Decoder
+    decoder: Decoder, index: int, hidden: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One pre-norm decoder layer on [K, C]; also its rotated query and key, [H, K, D] each."""
+    layer = decoder.layers[index]
     attention = layer.self_attn
     normed = layer.input_layernorm(hidden)
     query, key, value = (
@@ -214,11 +376,15 @@ def _layer_forward(
         for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
     )
     query, key = _rotate(query, cos, sin), _rotate(key, cos, sin)
+    if cache is not None:
+        key, value = cache.extend(index, key, value)
     groups = query.shape[0] // key.shape[0]
     if groups > 1:  # grouped-query attention
         key, value = key.repeat_interleave(groups, 0), value.repeat_interleave(groups, 0)
+    # A token that continues a cached sequence sees all of it; only a pass from its start masks.
+    from_start = query.shape[1] == key.shape[1]
     mixed = F.scaled_dot_product_attention(
-        query[None], key[None], value[None], is_causal=decoder.causal
+        query[None], key[None], value[None], is_causal=decoder.causal and from_start
     )[0]
     hidden = hidden + attention.o_proj(mixed.transpose(0, 1).flatten(1))
     hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))

@@ -1,6 +1,8 @@
-"""The OpenVLA-OFT architecture: two vision towers, projector, bidirectional Llama, L1 head.
+"""The OpenVLA-OFT architecture: two vision towers, projector, bidirectional Llama, action head.
 
-Source: openvla_oft spec, sections 4 to 8.
+OpenVLA is the same with a causal Llama, without placeholders, decoded token by token.
+
+Source: openvla_oft spec, sections 4 to 10.
 """
 
 from __future__ import annotations
@@ -12,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from specprune_ros.models.base import ModelInfo, Prompt
-from specprune_ros.models.decoder import Decoder
+from specprune_ros.models.base import ActionHead, ModelInfo, Prompt
+from specprune_ros.models.decoder import Decoder, QueryDecoder
+from specprune_ros.models.preprocess import Preprocessor
 from specprune_ros.models.prompt import PromptTokens, Tokenizer
 from specprune_ros.models.vit import TowerConfig, VisionTower
 from specprune_ros.token_layout import Span, TokenLayout
@@ -30,11 +33,13 @@ class Bounds:
     Attributes:
         low, high: [D] float64, the dataset's q01 and q99, or min and max.
         mask: [D] bool.
+        eps: added to the width when un-normalising; OpenVLA-OFT does, OpenVLA does not.
     """
 
     low: np.ndarray
     high: np.ndarray
     mask: np.ndarray
+    eps: float = BOUNDS_EPS
 
     def normalize(self, raw: np.ndarray) -> np.ndarray:
         """[..., D] raw -> clipped to -1..1."""
@@ -43,7 +48,7 @@ class Bounds:
 
     def unnormalize(self, normalized: np.ndarray) -> np.ndarray:
         """[..., D] normalised -> raw; not clipped."""
-        scaled = 0.5 * (normalized + 1) * (self.high - self.low + BOUNDS_EPS) + self.low
+        scaled = 0.5 * (normalized + 1) * (self.high - self.low + self.eps) + self.low
         return np.where(self.mask, scaled, normalized)
 
 
@@ -54,21 +59,35 @@ class VisionBackbone(nn.Module):
         super().__init__()
         self.featurizer = VisionTower(dino)
         self.fused_featurizer = VisionTower(siglip)
+        self.make_buffers()
+
+    def make_buffers(self, device: torch.device | None = None) -> None:
+        """Set the normalisation constants, which no checkpoint holds."""
         for name, values in (
             ('dino_mean', DINO_MEAN),
             ('dino_std', DINO_STD),
             ('siglip_mean', SIGLIP_MEAN),
             ('siglip_std', SIGLIP_STD),
         ):
-            self.register_buffer(name, torch.tensor(values)[:, None, None], persistent=False)
+            value = torch.tensor(values, device=device)[:, None, None]
+            self.register_buffer(name, value, persistent=False)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """[V, Y, X, 3] uint8 -> [V, N, dino width + siglip width]."""
+    def forward(self, images: Tensor, language: Tensor | None = None) -> Tensor:
+        """All cameras at once.
+
+        Args:
+            images: [V, Y, X, 3] uint8.
+            language: [C] language vector for FiLM, or None without.
+
+        Returns:
+            [V, N, dino width + siglip width].
+        """
         pixels = images.permute(0, 3, 1, 2).float() / 255
         dtype = self.featurizer.pos_embed.dtype
         dino = ((pixels - self.dino_mean) / self.dino_std).to(dtype)
         siglip = ((pixels - self.siglip_mean) / self.siglip_std).to(dtype)
-        return torch.cat((self.featurizer(dino), self.fused_featurizer(siglip)), dim=-1)
+        features = self.featurizer(dino, language), self.fused_featurizer(siglip, language)
+        return torch.cat(features, dim=-1)
 
 
 class Projector(nn.Module):
@@ -98,70 +117,70 @@ class ProprioProjector(nn.Module):
         return self.fc2(F.gelu(self.fc1(proprio)))
 
 
-class OpenVLAOFT:
-    """A VLAModel of the OpenVLA-OFT architecture with parallel decoding and an L1 head.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class OpenVLAParts:
+    """Everything that makes one model; modules are loaded, in eval mode, on one device.
 
-    Args:
+    Attributes:
         info: sizes and names.
-        vision_backbone, projector, language_model, action_head: modules, in eval mode.
-        proprio_projector: module, or None for a model without proprioception.
+        preprocessor: camera images to model images.
+        vision_backbone, projector, language_model, action_head: modules; the language model
+            without its head.
+        proprio_projector: None for a model without proprioception.
         tokenizer: of the prompt.
         action_bounds, proprio_bounds: normalisation.
+        causal: True for OpenVLA, whose tokens see only earlier ones.
+        placeholders: whether the sequence ends in action placeholders and a stop token.
+        time_token: whether a diffusion time token follows proprioception.
+        film: whether language modulates the vision towers.
     """
 
-    def __init__(
-        self,
-        *,
-        info: ModelInfo,
-        vision_backbone: VisionBackbone,
-        projector: Projector,
-        language_model: nn.Module,
-        action_head: nn.Module,
-        proprio_projector: ProprioProjector | None,
-        tokenizer: Tokenizer,
-        action_bounds: Bounds,
-        proprio_bounds: Bounds | None,
-    ):
-        self.info = info
-        self.decoder = Decoder.of(language_model, causal=False)
-        self._vision_backbone = vision_backbone
-        self._projector = projector
-        self._embed_tokens = language_model.embed_tokens
-        self._action_head = action_head
-        self._proprio_projector = proprio_projector
-        self._tokenizer = tokenizer
-        self._action_bounds = action_bounds
-        self._proprio_bounds = proprio_bounds
+    info: ModelInfo
+    preprocessor: Preprocessor
+    vision_backbone: VisionBackbone
+    projector: Projector
+    language_model: nn.Module
+    action_head: ActionHead
+    proprio_projector: ProprioProjector | None
+    tokenizer: Tokenizer
+    action_bounds: Bounds
+    proprio_bounds: Bounds | None
+    causal: bool = False
+    placeholders: bool = True
+    time_token: bool = False
+    film: bool = False
 
-    def preprocess(self, image: np.ndarray) -> np.ndarray:
-        """Antialiased resize, aspect not kept ('resize-naive'); an image of the size is returned.
 
-        differs: the reference also sends the image through JPEG and a Lanczos filter.
-        """
-        rows, cols = self.info.image_size
-        if image.shape[:2] == (rows, cols):
-            return image
-        if not image.flags.writeable:  # torch would warn of the read-only buffer
-            image = image.copy()
-        pixels = torch.from_numpy(image).permute(2, 0, 1)[None]
-        resized = F.interpolate(pixels, (rows, cols), mode='bilinear', antialias=True)
-        return resized[0].permute(1, 2, 0).contiguous().numpy()
+class OpenVLAOFT:
+    """A VLAModel of the OpenVLA-OFT architecture."""
+
+    def __init__(self, parts: OpenVLAParts):
+        self.info = parts.info
+        self.decoder = Decoder.of(parts.language_model, causal=parts.causal)
+        self.preprocess = parts.preprocessor
+        self.parts = parts
+        self._embed_tokens = parts.language_model.embed_tokens
 
     def embed(self, images: Tensor, proprio: np.ndarray | None, instruction: str) -> Prompt:
-        """BOS, patches of every camera, proprio, prompt, zeroed placeholders, stop."""
-        device = self._embed_tokens.weight.device
-        tokens = self._tokenizer.prompt(instruction)
-        ids = torch.tensor([*tokens.ids, self._tokenizer.stop_id], device=device)
-        text = self._embed_tokens(ids)
-        patches = self._projector(self._vision_backbone(images)).flatten(0, 1)
-        parts = [text[:1], patches]
-        if self._proprio_projector is not None:
-            raw = self._proprio_bounds.normalize(np.asarray(proprio, np.float64))
+        """BOS, patches of every camera, proprio, time, prompt, zeroed placeholders, stop."""
+        parts, device = self.parts, self._embed_tokens.weight.device
+        tokens = parts.tokenizer.prompt(instruction)
+        ids = [*tokens.ids, *([parts.tokenizer.stop_id] if parts.placeholders else [])]
+        text = self._embed_tokens(torch.tensor(ids, device=device))
+        language = text.mean(dim=0) if parts.film else None
+        patches = parts.projector(parts.vision_backbone(images, language)).flatten(0, 1)
+        sequence = [text[:1], patches]
+        if parts.proprio_projector is not None:
+            raw = parts.proprio_bounds.normalize(np.asarray(proprio, np.float64))
             raw = torch.as_tensor(raw, dtype=text.dtype).to(device)
-            parts.append(self._proprio_projector(raw)[None])
-        actions = self.info.horizon * self.info.action_dim
-        parts += [text[1:-1], text.new_zeros(actions, text.shape[-1]), text[-1:]]
-        return Prompt(torch.cat(parts), self.layout(tokens))
+            sequence.append(parts.proprio_projector(raw)[None])
+        if parts.time_token:
+            sequence.append(text.new_zeros(1, text.shape[-1]))
+        count = len(tokens.ids)
+        sequence.append(text[1:count])
+        if parts.placeholders:
+            sequence += [text.new_zeros(self._actions, text.shape[-1]), text[count:]]
+        return Prompt(torch.cat(sequence), self.layout(tokens))
 
     def layout(self, tokens: PromptTokens) -> TokenLayout:
         """Where everything stands (openvla_oft spec, section 6).
@@ -169,26 +188,34 @@ class OpenVLAOFT:
         The head reads from the last prompt token on, one position before each placeholder
         (trap 1).
         """
-        rows, cols = self.info.grid
-        count = len(self.info.cameras)
-        shift = count * rows * cols + (self._proprio_projector is not None)
-        actions = self.info.horizon * self.info.action_dim
+        parts, info = self.parts, self.info
+        patches, count = info.grid[0] * info.grid[1], len(info.cameras)
+        proprio = int(parts.proprio_projector is not None)
+        shift = count * patches + proprio + parts.time_token
         end = shift + len(tokens.ids)
         words = tokens.instruction
+        actions = Span(end, end + self._actions) if parts.placeholders else None
+        head = Span(end - 1, end - 1 + (self._actions if actions else 1))
         return TokenLayout(
-            cameras=self.info.cameras,
-            grid=self.info.grid,
-            camera_starts=tuple(1 + camera * rows * cols for camera in range(count)),
-            length=end + actions + 1,
+            cameras=info.cameras,
+            grid=info.grid,
+            camera_starts=tuple(1 + camera * patches for camera in range(count)),
+            length=actions.stop + 1 if actions else end,
             prompt=Span(shift + 1, end),
             instruction=Span(shift + words.start, shift + words.stop),
-            head=Span(end - 1, end - 1 + actions),
+            head=head,
+            actions=actions,
+            time=1 + count * patches + proprio if parts.time_token else None,
         )
 
-    def act(self, hidden: Tensor) -> Tensor:
-        """[L * A, C] -> [L, A] normalised actions."""
-        return self._action_head(hidden).float()
+    def act(self, prompt: Prompt, decode: QueryDecoder) -> Tensor:
+        """[L, A] normalised actions."""
+        return self.parts.action_head.act(prompt, decode).float()
 
     def unnormalize(self, normalized: np.ndarray) -> np.ndarray:
         """[L, A] normalised -> robot units."""
-        return self._action_bounds.unnormalize(np.asarray(normalized, np.float64))
+        return self.parts.action_bounds.unnormalize(np.asarray(normalized, np.float64))
+
+    @property
+    def _actions(self) -> int:
+        return self.info.horizon * self.info.action_dim

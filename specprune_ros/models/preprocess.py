@@ -62,7 +62,13 @@ class Preprocessor(Protocol):
 
 
 def make_preprocessor(
-    mode: str, *, size: Size, center_crop: bool, source_size: Size | None, device: torch.device
+    mode: str,
+    *,
+    size: Size,
+    center_crop: bool,
+    source_size: Size | None,
+    device: torch.device,
+    skip_at_size: bool = True,
 ) -> Preprocessor:
     """The preprocessor of a mode.
 
@@ -72,6 +78,7 @@ def make_preprocessor(
         center_crop: whether the model sees the centre 0.9 of the image area only.
         source_size: rows and columns to which an image is shrunk before all else; None: not.
         device: where the result lies.
+        skip_at_size: for 'exact', see there.
 
     Raises:
         ConfigError: there is no such mode.
@@ -80,7 +87,10 @@ def make_preprocessor(
     modes = {'exact': ExactPreprocessor, 'fast': FastPreprocessor}
     if mode not in modes:
         raise ConfigError('model.preprocessing', mode, f'must be one of {", ".join(modes)}')
-    return modes[mode](size=size, center_crop=center_crop, source_size=source_size, device=device)
+    settings = {'size': size, 'center_crop': center_crop, 'source_size': source_size}
+    if mode == 'exact':
+        settings['skip_at_size'] = skip_at_size
+    return modes[mode](**settings, device=device)
 
 
 class _Preprocessor:
@@ -107,22 +117,24 @@ class _Preprocessor:
 class ExactPreprocessor(_Preprocessor):
     """Bit for bit what the reference does with TensorFlow, on the CPU.
 
-    An image goes to `source_size` (bicubic), then, unless it has the model's size, through a JPEG
-    round trip and a Lanczos-3 resize; at last it is cropped. Steps that are not asked for do
-    nothing.
+    An image goes to `source_size` (bicubic), then through a JPEG round trip and a Lanczos-3
+    resize; at last it is cropped. Steps that are not asked for do nothing.
 
     Of several images, the codecs work side by side, each in a thread. The rest stays in the
     caller's: NumPy's short calls would hand Python's lock to and fro, and lose time by it.
 
     Args:
+        skip_at_size: whether an image that has the model's size skips JPEG too: OpenVLA-OFT's
+            scripts skip, OpenVLA's and UniVLA's of LIBERO do not.
         size, center_crop, source_size, device: as for `make_preprocessor`.
 
     Raises:
         MissingDependencyError: Pillow or simplejpeg is missing.
     """
 
-    def __init__(self, **settings):
+    def __init__(self, *, skip_at_size: bool = True, **settings):
         super().__init__(**settings)
+        self._skip_at_size = skip_at_size
         for package in ('PIL', 'simplejpeg'):
             try:
                 import_module(package)
@@ -141,7 +153,8 @@ class ExactPreprocessor(_Preprocessor):
     def _code(self, image: np.ndarray) -> np.ndarray:
         if self._source_size not in (None, image.shape[:2]):
             image = resize_bicubic(image, self._source_size)
-        return image if image.shape[:2] == self._size else jpeg_round_trip(image)
+        skipped = self._skip_at_size and image.shape[:2] == self._size
+        return image if skipped else jpeg_round_trip(image)
 
     def _fit(self, image: np.ndarray) -> np.ndarray:
         if image.shape[:2] != self._size:

@@ -15,17 +15,19 @@ import torch
 from torch import nn
 
 from specprune_ros.config import PolicyConfig
-from specprune_ros.errors import ConfigError, MissingDependencyError
-from specprune_ros.loading import COMMANDS
+from specprune_ros.errors import ConfigError
 from specprune_ros.models.base import ModelInfo
 from specprune_ros.models.heads.l1 import L1RegressionHead
+from specprune_ros.models.llama import make_llama
 from specprune_ros.models.openvla_oft import (
     Bounds,
     OpenVLAOFT,
+    OpenVLAParts,
     Projector,
     ProprioProjector,
     VisionBackbone,
 )
+from specprune_ros.models.preprocess import make_preprocessor
 from specprune_ros.models.prompt import PromptTokens
 from specprune_ros.models.vit import TowerConfig
 from specprune_ros.token_layout import Span
@@ -84,7 +86,7 @@ def load(config: PolicyConfig, device: torch.device) -> OpenVLAOFT:
     modules = {
         'vision_backbone': VisionBackbone(DINO, SIGLIP),
         'projector': Projector(DINO.width + SIGLIP.width, WIDTH),
-        'language_model': _llama(),
+        'language_model': make_llama(LLAMA),
         'action_head': L1RegressionHead(WIDTH, actions, hidden_width=WIDTH),
         'proprio_projector': ProprioProjector(proprio_dim, WIDTH) if proprio_dim else None,
     }
@@ -93,35 +95,36 @@ def load(config: PolicyConfig, device: torch.device) -> OpenVLAOFT:
         _randomize(module, generator)
         module.eval().requires_grad_(False).to(device)
     side = DINO.image_size // DINO.patch_size
-    return OpenVLAOFT(
-        info=ModelInfo(
-            name='tiny (stand-in, random weights: its actions mean nothing)',
-            stand_in=True,
-            cameras=cameras,
-            image_size=(DINO.image_size, DINO.image_size),
-            grid=(side, side),
-            proprio_dim=proprio_dim,
-            horizon=horizon,
-            action_dim=actions,
-            parameters=sum(
-                p.numel() for m in filter(None, modules.values()) for p in m.parameters()
-            ),
-        ),
-        tokenizer=WordTokenizer(),
-        action_bounds=_bounds(actions, 1.0),
-        proprio_bounds=_bounds(proprio_dim, math.pi) if proprio_dim else None,
-        **modules,
+    size = (DINO.image_size, DINO.image_size)
+    preprocessor = make_preprocessor(
+        'fast' if config.model.preprocessing == 'auto' else config.model.preprocessing,
+        size=size,
+        center_crop=config.model.center_crop,
+        source_size=(robot.source_size, robot.source_size) if robot.source_size else None,
+        device=device,
     )
-
-
-def _llama() -> nn.Module:
-    try:
-        from transformers import LlamaConfig, LlamaModel
-    except ImportError as error:
-        raise MissingDependencyError(
-            'transformers', 'the model', COMMANDS['transformers'], error
-        ) from error
-    return LlamaModel(LlamaConfig(**LLAMA))
+    info = ModelInfo(
+        name='tiny (stand-in, random weights: its actions mean nothing)',
+        stand_in=True,
+        cameras=cameras,
+        image_size=size,
+        crop_side=preprocessor.crop_side,
+        grid=(side, side),
+        proprio_dim=proprio_dim,
+        horizon=horizon,
+        action_dim=actions,
+        parameters=sum(p.numel() for m in filter(None, modules.values()) for p in m.parameters()),
+    )
+    return OpenVLAOFT(
+        OpenVLAParts(
+            info=info,
+            preprocessor=preprocessor,
+            tokenizer=WordTokenizer(),
+            action_bounds=_bounds(actions, 1.0),
+            proprio_bounds=_bounds(proprio_dim, math.pi) if proprio_dim else None,
+            **modules,
+        )
+    )
 
 
 def _randomize(module: nn.Module, generator: torch.Generator) -> None:

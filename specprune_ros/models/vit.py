@@ -22,6 +22,8 @@ class TowerConfig:
     Attributes:
         registers: register tokens beside the class token; None for neither (SigLIP).
         layer_scale: whether blocks scale their residuals (DINOv2).
+        film_width: width of the language vector that modulates every block (FiLM, section 9);
+            None without FiLM.
     """
 
     width: int
@@ -30,6 +32,7 @@ class TowerConfig:
     mlp_width: int
     registers: int | None
     layer_scale: bool
+    film_width: int | None = None
     patch_size: int = 14
     image_size: int = 224
 
@@ -81,7 +84,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block."""
+    """Pre-norm transformer block, optionally modulated by language between its two halves."""
 
     def __init__(self, config: TowerConfig):
         super().__init__()
@@ -92,10 +95,16 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(config.width, eps=NORM_EPS)
         self.mlp = Mlp(config.width, config.mlp_width)
         self.ls2 = scale(config.width)
+        self.film = config.film_width is not None
+        if self.film:
+            self.scale = nn.Linear(config.film_width, config.width)
+            self.shift = nn.Linear(config.film_width, config.width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, T, width] -> the same."""
+    def forward(self, x: Tensor, language: Tensor | None = None) -> Tensor:
+        """[B, T, width], with FiLM also [film_width] -> [B, T, width]."""
         x = x + self.ls1(self.attn(self.norm1(x)))
+        if self.film:
+            x = x * (1 + self.scale(language)) + self.shift(language)
         return x + self.ls2(self.mlp(self.norm2(x)))
 
 
@@ -127,8 +136,8 @@ class VisionTower(nn.Module):
             self.reg_token = nn.Parameter(torch.zeros(1, config.registers, config.width))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
 
-    def forward(self, images: Tensor) -> Tensor:
-        """[B, 3, Y, X] normalised -> [B, N, width]."""
+    def forward(self, images: Tensor, language: Tensor | None = None) -> Tensor:
+        """[B, 3, Y, X] normalised, with FiLM also [film_width] -> [B, N, width]."""
         x = self.patch_embed(images) + self.pos_embed
         prefix = 0
         if self.config.registers is not None:
@@ -136,5 +145,5 @@ class VisionTower(nn.Module):
             prefix = tokens.shape[1]
             x = torch.cat((tokens.expand(len(x), -1, -1), x), dim=1)
         for block in self.blocks[:-1]:
-            x = block(x)
+            x = block(x, language)
         return x[:, prefix:]

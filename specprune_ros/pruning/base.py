@@ -48,7 +48,10 @@ class QueryContext:
         depth: decoder layers.
         device: where the decoder runs.
         fine: the controller's mode.
+        alpha: prune ratio of this query, the configured one unless a guard relaxed it.
         similarity: [V, N] patch similarity to the reference frame, or None without one.
+        unseen: cameras without an image in the reference frame: nothing may be said of what
+            changed there.
         memory: what the last run of this episode returned; None at its first query.
         query: 0-based count of this episode's queries.
     """
@@ -57,7 +60,9 @@ class QueryContext:
     depth: int
     device: torch.device
     fine: bool
+    alpha: float
     similarity: Tensor | None
+    unseen: frozenset[int] = frozenset()
     memory: object | None
     query: int
 
@@ -75,6 +80,7 @@ class PruneTrace:
         static_layer: layers up to this one count as static pruning.
         layer_index, layer_tokens: layers after which tokens went, and the visual tokens left.
         recall: [V] Eq. 1 against the last query, or None.
+        important: [V, N] bool, V_global of this query, or None.
         confidence: [depth] Eq. 8, or None.
     """
 
@@ -87,6 +93,7 @@ class PruneTrace:
     layer_index: list[int] = field(default_factory=list)
     layer_tokens: list[int] = field(default_factory=list)
     recall: Tensor | None = None
+    important: Tensor | None = None
     confidence: Tensor | None = None
 
 

@@ -29,15 +29,16 @@ class KBudget:
     k_dynamic: int
 
 
-def k_budget(config: PruneConfig, fine: bool) -> KBudget:
-    """floor(alpha K) of the mode's base values (A.6.2)."""
+def k_budget(config: PruneConfig, fine: bool, alpha: float | None = None) -> KBudget:
+    """floor(alpha K) of the mode's base values (A.6.2); the configured alpha unless given."""
+    alpha = config.alpha if alpha is None else alpha
     local = config.k_local_fine if fine else config.k_local_coarse
     dynamic = config.k_dynamic_fine if fine else config.k_dynamic_coarse
-    return KBudget(*(_scaled(config.alpha, k) for k in (config.k_global, local, dynamic)))
+    return KBudget(*(_scaled(alpha, k) for k in (config.k_global, local, dynamic)))
 
 
-def fixed_count(config: PruneConfig, fine: bool, patches: int) -> int:
-    """Patches that the fixed budget keeps per camera.
+def fixed_count(config: PruneConfig, fine: bool, patches: int, alpha: float | None = None) -> int:
+    """Patches that the fixed budget keeps per camera, at the configured alpha unless given.
 
     The mean of both modes follows Table 8's line; the modes differ by the ratio of their K sums
     (98 to 120 with the paper's K). At alpha 0.8: 27 % coarse, 33 % fine.
@@ -48,7 +49,7 @@ def fixed_count(config: PruneConfig, fine: bool, patches: int) -> int:
         + (config.k_dynamic_fine if mode else config.k_dynamic_coarse)
         for mode in (False, True)
     ]
-    mean = SHARE_INTERCEPT + SHARE_SLOPE * config.alpha
+    mean = SHARE_INTERCEPT + SHARE_SLOPE * (config.alpha if alpha is None else alpha)
     share = mean * 2 * sums[fine] / max(sum(sums), 1)
     return min(max(math.floor(share * patches + ROUNDING), 1), patches)
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from specprune_ros.config import PruneConfig
+from specprune_ros.errors import ConfigError, PruningError
 from specprune_ros.pruning import scores
 from specprune_ros.pruning.base import LayerProbe, PruneMethod, PruneRun, PruneTrace, QueryContext
 from specprune_ros.pruning.budget import (
@@ -42,10 +43,19 @@ class Schedule:
         The first prune layer never directly follows static pruning: some layer between must have
         updated the scores (Alg. 1 updates where it does not prune).
         """
-        prune = scale_layers(config.prune_layers, depth, first=STATIC_LAYER + 2)
+        layers = config.prune_layers if config.dynamic else ()
+        prune = scale_layers(layers, depth, first=STATIC_LAYER + 2)
         important = scale_layers(config.global_layers, depth, first=1)
         last = max(prune, default=0)
-        update = frozenset(range(STATIC_LAYER + 1, last)) - frozenset(prune)
+        wanted = range(STATIC_LAYER + 1, last)
+        if config.update_layers:
+            wanted = scale_layers(config.update_layers, depth, first=STATIC_LAYER + 1)
+        update = frozenset(wanted) & frozenset(range(last)) - frozenset(prune)
+        if prune and not any(layer < prune[0] for layer in update):
+            raise PruningError(
+                f'no layer of update_layers {config.update_layers} scores tokens before the first '
+                f'prune layer, {prune[0]} of {depth}'
+            )
         return cls(prune=prune, update=update, important=important)
 
 
@@ -73,13 +83,19 @@ class SpecPruneRun(PruneRun):
         super().__init__(context)
         self._config = config
         self._schedule = Schedule.of(config, context.depth)
-        self._k = k_budget(config, context.fine)
+        self._fine = context.fine and config.controller
+        self._k = k_budget(config, self._fine, context.alpha)
         self._shape = (len(context.layout.cameras), context.layout.patches)
         refresh = config.dense_every and context.query % config.dense_every == 0
         self._dense = context.memory is None or bool(refresh)
         self._budget = config.budget
         if self._budget == 'auto':
             self._budget = 'fixed' if context.device.type == 'cuda' else 'union'
+        # A camera that comes back shows what nobody compared: all of it stays. The fixed budget
+        # has no shape for that, so the whole query is dense.
+        self._returned = bool(context.unseen) and not self._dense
+        if self._returned and self._budget == 'fixed':
+            self._dense = True
         new = {'device': context.device}
         self._local_rank = torch.full(self._shape, torch.inf, **new)
         self._local_score = torch.zeros(self._shape, **new)
@@ -99,7 +115,7 @@ class SpecPruneRun(PruneRun):
             self._entropy.append(scores.attention_entropy(self._text_attention(probe)))
         elif layer <= STATIC_LAYER:
             self._collect_local(probe)
-            if layer == STATIC_LAYER:
+            if layer == STATIC_LAYER and self._config.static:
                 keep = self._select_static()
         elif layer in schedule.update:
             self._update_scores(probe)
@@ -125,10 +141,13 @@ class SpecPruneRun(PruneRun):
         last = self.context.memory
         now = self.memory()
         if self._dense:
-            first = last is None
-            mode, why = Mode.DENSE, 'first query of the episode' if first else 'periodic refresh'
+            mode, why = Mode.DENSE, 'periodic refresh'
+            if last is None:
+                why = 'first query of the episode'
+            elif self._returned:
+                why = 'a camera returned'
         else:
-            mode, why = (Mode.FINE if self.context.fine else Mode.COARSE), ''
+            mode, why = (Mode.FINE if self._fine else Mode.COARSE), ''
         return PruneTrace(
             mode=mode,
             mode_reason=why,
@@ -141,6 +160,7 @@ class SpecPruneRun(PruneRun):
             recall=None
             if last is None
             else scores.recall(last.global_rank.isfinite(), now.global_rank.isfinite()),
+            important=now.global_rank.isfinite(),
             confidence=now.confidence,
         )
 
@@ -185,10 +205,12 @@ class SpecPruneRun(PruneRun):
             Reason.LOCAL: self._local_rank.isfinite(),
         }
         if self._budget == 'union':
+            for camera in self.context.unseen:
+                sets[Reason.DYNAMIC][camera] = True
             keep, filler = select_union(*sets.values())
         else:
             keep, filler = select_fixed(
-                fixed_count(self._config, self.context.fine, self._shape[1]),
+                fixed_count(self._config, self._fine, self._shape[1], self.context.alpha),
                 global_rank=global_rank,
                 dynamic_set=changed,
                 local_rank=self._local_rank,
@@ -203,7 +225,9 @@ class SpecPruneRun(PruneRun):
         """S_i <- (1 - beta) S_i + beta omega_rank omega_conf (Eqs. 5, 9)."""
         per_head = self._attention(probe).float().mean(dim=1)
         weight = scores.rank_weight(per_head, self._config.rank_slope, self._config.rank_base)
-        score = weight * self._memory.confidence[probe.layer - 1]
+        score = weight
+        if self._config.layer_weight == 'entropy':
+            score = weight * self._memory.confidence[probe.layer - 1]
         previous = torch.zeros_like(score) if self._ema is None else self._ema
         self._ema = scores.ema(previous, score, self._config.ema_rate)
 
@@ -238,6 +262,17 @@ class SpecPrune(PruneMethod):
     """Training-free two-level pruning with a controller that reads executed motion."""
 
     name = 'specprune'
+
+    def __init__(self, config: PruneConfig):
+        super().__init__(config)
+        first, update = min(config.prune_layers, default=0), config.update_layers
+        if update and first and not any(STATIC_LAYER < layer < first for layer in update):
+            raise ConfigError(
+                'pruning.update_layers',
+                update,
+                f'needs a layer between {STATIC_LAYER} and {first}, the first of '
+                'pruning.prune_layers',
+            )
 
     def reference_age(self, displacement: float, available: int) -> int:
         """T of section 4.1.2."""

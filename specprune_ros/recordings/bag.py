@@ -19,7 +19,13 @@ from specprune_ros.errors import (
     SpecPruneError,
 )
 from specprune_ros.images import ENCODINGS, CompressedImage, RawImage
-from specprune_ros.recordings.base import CameraEvent, Event, InstructionEvent, JointEvent
+from specprune_ros.recordings.base import (
+    CameraEvent,
+    Event,
+    InstructionEvent,
+    JointEvent,
+    PoseEvent,
+)
 from specprune_ros.types import ExecutedAction
 
 if TYPE_CHECKING:
@@ -28,6 +34,7 @@ if TYPE_CHECKING:
 IMAGE = 'sensor_msgs/msg/Image'
 COMPRESSED = 'sensor_msgs/msg/CompressedImage'
 JOINTS = 'sensor_msgs/msg/JointState'
+POSE = 'geometry_msgs/msg/PoseStamped'
 TEXT = 'std_msgs/msg/String'
 EXECUTED = 'specprune_ros/msg/ExecutedAction'
 OWN_MESSAGES = ('ActionChunk', 'ExecutedAction', 'PruningDiagnostics')
@@ -39,7 +46,9 @@ TOPIC_TAILS = (
 
 
 class BagRecording:
-    """Image, joint-state, instruction and executed-action topics of a rosbag2.
+    """Image, joint-state, pose, instruction and executed-action topics of a rosbag2.
+
+    Of several joint-state topics, and of several named `eef_pose`, one is taken.
 
     Args:
         path: the bag's folder, or one .mcap or .db3 file.
@@ -62,6 +71,7 @@ class BagRecording:
             self.duration_s = reader.duration / 1e9
             self._start_ns = reader.start_time
             self._choose_joints(reader)
+            self._choose_pose()
             counts = Counter({c.topic: c.msgcount for c in reader.connections})
         self.cameras = tuple(self._images)
         actions = sum(counts[t] for t, kind in self._others.items() if kind == EXECUTED)
@@ -123,6 +133,14 @@ class BagRecording:
             best = max(names, key=lambda t: (t.endswith('/joint_states'), len(names[t])))
             self.joint_names = names.pop(best)
         for topic in names:
+            del self._others[topic]
+
+    def _choose_pose(self) -> None:
+        """Take one pose topic, the one of the fewest namespaces: another may be a second arm's."""
+        topics = [topic for topic, kind in self._others.items() if kind == POSE]
+        topics.sort(key=lambda topic: (topic.count('/'), topic))
+        self.has_poses = bool(topics)
+        for topic in topics[1:]:
             del self._others[topic]
 
     def _camera_topics(
@@ -194,6 +212,8 @@ def register_own_messages(typestore) -> None:
 def _is_wanted(topic: str, kind: str) -> bool:
     if kind == TEXT:
         return topic.rstrip('/').endswith('instruction')
+    if kind == POSE:
+        return topic.rpartition('/')[2] == 'eef_pose'
     return kind in (JOINTS, EXECUTED)
 
 
@@ -209,6 +229,16 @@ def _camera_event(stamp: int, camera: str, message) -> CameraEvent:
 
 def _joint_event(stamp: int, message) -> JointEvent:
     return JointEvent(stamp, tuple(message.name), np.array(message.position, float))
+
+
+def _pose_event(stamp: int, message) -> PoseEvent:
+    at, turn = message.pose.position, message.pose.orientation
+    return PoseEvent(
+        stamp,
+        position=np.array((at.x, at.y, at.z)),
+        quaternion_xyzw=np.array((turn.x, turn.y, turn.z, turn.w)),
+        frame_id=message.header.frame_id,
+    )
 
 
 def _executed_action(stamp: int, message) -> ExecutedAction:
@@ -228,6 +258,7 @@ def _executed_action(stamp: int, message) -> ExecutedAction:
 
 _CONVERTERS: dict[str, Callable[[int, object], Event]] = {
     JOINTS: _joint_event,
+    POSE: _pose_event,
     TEXT: lambda stamp, message: InstructionEvent(stamp, message.data),
     EXECUTED: _executed_action,
 }

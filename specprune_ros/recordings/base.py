@@ -31,6 +31,16 @@ class JointEvent:
     positions: np.ndarray
 
 
+@dataclass(frozen=True, eq=False)
+class PoseEvent:
+    """The end effector's position [3] in m and orientation [4] as x, y, z, w."""
+
+    stamp_ns: int
+    position: np.ndarray
+    quaternion_xyzw: np.ndarray
+    frame_id: str = ''
+
+
 @dataclass(frozen=True)
 class InstructionEvent:
     """The task, from here on."""
@@ -40,7 +50,7 @@ class InstructionEvent:
 
 
 # An ObservationError stands for an image that cannot be used, in its place in the stream.
-Event = CameraEvent | JointEvent | InstructionEvent | ExecutedAction | ObservationError
+Event = CameraEvent | JointEvent | PoseEvent | InstructionEvent | ExecutedAction | ObservationError
 
 
 class Recording(Protocol):
@@ -50,6 +60,7 @@ class Recording(Protocol):
         path: the file or folder.
         cameras: names of the cameras in it.
         joint_names: joints in it, in recorded order; empty without joint states.
+        has_poses: whether it holds end-effector poses.
         has_actions: whether it holds executed actions.
         duration_s: length.
         control_steps: how many `offline.run_recording` makes of it; an estimate.
@@ -58,6 +69,7 @@ class Recording(Protocol):
     path: str
     cameras: tuple[str, ...]
     joint_names: tuple[str, ...]
+    has_poses: bool
     has_actions: bool
     duration_s: float
     control_steps: int

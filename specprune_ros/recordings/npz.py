@@ -26,6 +26,7 @@ class NpzRecording:
         RecordingError: not an npz, no image, or an array of another shape or type.
     """
 
+    has_poses = False
     has_actions = False
 
     def __init__(self, path: Path, instruction: str = ''):

@@ -16,7 +16,7 @@ MAX_FPS = 1000.0
 
 
 class VideoRecording:
-    """One camera from a video; no joint states, no executed actions.
+    """One camera from a video; no joint states, no poses, no executed actions.
 
     Args:
         path: anything that OpenCV reads.
@@ -28,6 +28,7 @@ class VideoRecording:
     """
 
     joint_names: tuple[str, ...] = ()
+    has_poses = False
     has_actions = False
 
     def __init__(self, path: Path, camera: str = 'side', instruction: str = ''):

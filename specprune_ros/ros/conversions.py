@@ -7,6 +7,7 @@ import dataclasses
 
 import numpy as np
 from builtin_interfaces.msg import Duration, Time
+from geometry_msgs.msg import PoseStamped
 from sensor_msgs.msg import CompressedImage as CompressedImageMsg
 from sensor_msgs.msg import Image, JointState
 
@@ -71,6 +72,24 @@ def joints_to_msg(names: tuple[str, ...], positions: np.ndarray, stamp_ns: int) 
     msg = JointState(name=list(names))
     msg.header.stamp = to_time(stamp_ns)
     msg.position = array.array('d', positions.tolist())
+    return msg
+
+
+def pose_from_msg(msg: PoseStamped) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Position [3] in m and orientation [4] as x, y, z, w."""
+    at, turn = msg.pose.position, msg.pose.orientation
+    return (at.x, at.y, at.z), (turn.x, turn.y, turn.z, turn.w)
+
+
+def pose_to_msg(
+    position: np.ndarray, quaternion_xyzw: np.ndarray, stamp_ns: int, frame_id: str
+) -> PoseStamped:
+    """Position [3] in m and orientation [4] -> message."""
+    msg = PoseStamped()
+    msg.header.stamp, msg.header.frame_id = to_time(stamp_ns), frame_id
+    at, turn = msg.pose.position, msg.pose.orientation
+    at.x, at.y, at.z = map(float, position)
+    turn.x, turn.y, turn.z, turn.w = map(float, quaternion_xyzw)
     return msg
 
 

@@ -36,7 +36,7 @@ from specprune_ros.ros.lifecycle import LifecycleClient
 from specprune_ros.ros.process import shut_down_rclpy
 from specprune_ros.runlog import RunLog
 
-PARAMS = ('robots/libero_franka', 'models/tiny', 'pruning/specprune', 'node')
+PARAMS = ('robots/libero_franka_3cam', 'models/tiny', 'pruning/specprune', 'node')
 DEFAULT_RECORDING = Path('test/data/pick_place')
 STOP_S = 3.0  # a process that needs longer to end is a failure
 TIMEOUT_S = 120.0

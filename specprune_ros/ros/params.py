@@ -94,7 +94,7 @@ def describe(spec: dataclasses.Field) -> ParameterDescriptor:
     unit = f' [{meta["unit"]}]' if meta['unit'] else ''
     constraints = []
     if meta['choices']:
-        constraints.append(f'one of {", ".join(meta["choices"])}')
+        constraints.append(f'one of {", ".join(map(str, meta["choices"]))}')
     if not meta['live']:
         constraints.append('fixed once the node is configured')
     descriptor = ParameterDescriptor(

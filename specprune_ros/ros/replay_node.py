@@ -1,4 +1,4 @@
-"""`replay_node`: plays a recording as camera, joint-state, executed-action and instruction topics.
+"""`replay_node`: plays a recording as camera, robot-state, executed-action and instruction topics.
 
 Stamps are those of now, so that a node under test sees fresh inputs; distances between events are
 the recording's, divided by `rate`.
@@ -11,6 +11,7 @@ import time
 
 import cv2
 from diagnostic_msgs.msg import DiagnosticArray
+from geometry_msgs.msg import PoseStamped
 from rcl_interfaces.msg import FloatingPointRange, ParameterDescriptor
 from rclpy.node import Node
 from sensor_msgs.msg import CompressedImage, Image, JointState
@@ -20,9 +21,16 @@ from specprune_ros.errors import ConfigError, ObservationError, SpecPruneError
 from specprune_ros.health import Health
 from specprune_ros.images import CompressedImage as EncodedImage
 from specprune_ros.images import as_rgb
+from specprune_ros.inbox import JOINTS, POSE
 from specprune_ros.msg import ExecutedAction as ExecutedActionMsg
 from specprune_ros.recordings import Recording, open_recording
-from specprune_ros.recordings.base import CameraEvent, Event, InstructionEvent, JointEvent
+from specprune_ros.recordings.base import (
+    CameraEvent,
+    Event,
+    InstructionEvent,
+    JointEvent,
+    PoseEvent,
+)
 from specprune_ros.ros import conversions, diagnostics, qos
 from specprune_ros.ros.params import FOREIGN
 from specprune_ros.ros.process import spin_process
@@ -128,6 +136,7 @@ class ReplayNode(Node):
         self.get_logger().info(
             f'{path}: {recording.duration_s:.1f} s, cameras {", ".join(recording.cameras)}, '
             f'{len(recording.joint_names)} joints, '
+            f'{"with" if recording.has_poses else "without"} end-effector poses, '
             f'{"with" if recording.has_actions else "without"} executed actions'
         )
         return recording
@@ -137,7 +146,9 @@ class ReplayNode(Node):
         for name in recording.cameras:
             self._sinks[name] = self.create_publisher(kind, f'cameras/{name}/{leaf}', qos.RELIABLE)
         topic = self._value('instruction_topic')
-        self._sinks['/joints'] = self.create_publisher(JointState, 'joint_states', qos.RELIABLE)
+        self._sinks['/joints'] = self.create_publisher(JointState, JOINTS, qos.RELIABLE)
+        if recording.has_poses:
+            self._sinks['/pose'] = self.create_publisher(PoseStamped, POSE, qos.RELIABLE)
         self._sinks['/instruction'] = self.create_publisher(String, topic, qos.LATCHED)
         self._sinks['/executed'] = self.create_publisher(
             ExecutedActionMsg, 'executed_action', qos.EVERY_STEP
@@ -180,6 +191,11 @@ class ReplayNode(Node):
         elif isinstance(event, JointEvent):
             msg = conversions.joints_to_msg(event.names, event.positions, now)
             self._sinks['/joints'].publish(msg)
+        elif isinstance(event, PoseEvent):
+            msg = conversions.pose_to_msg(
+                event.position, event.quaternion_xyzw, now, event.frame_id
+            )
+            self._sinks['/pose'].publish(msg)
         elif isinstance(event, InstructionEvent):
             self._sinks['/instruction'].publish(String(data=event.text))
         elif isinstance(event, ExecutedAction):

@@ -1,4 +1,4 @@
-"""`vla_node`: cameras, joint state and an instruction in; action chunks and what pruning did out.
+"""`vla_node`: cameras, robot state and an instruction in; action chunks and what pruning did out.
 
 A lifecycle node. Threads: the executor's one thread runs callbacks, which only store; the
 inference thread (worker.py) runs the policy and publishes. No callback waits for an inference, so
@@ -14,6 +14,7 @@ import threading
 import traceback
 
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
+from geometry_msgs.msg import PoseStamped
 from rcl_interfaces.msg import SetParametersResult
 from rclpy.clock import Clock, ClockType
 from rclpy.exceptions import InvalidTopicNameException
@@ -27,7 +28,7 @@ from specprune_ros.config import PolicyConfig
 from specprune_ros.errors import ConfigError, ObservationError, SpecPruneError
 from specprune_ros.health import Health
 from specprune_ros.images import as_rgb
-from specprune_ros.inbox import Inbox
+from specprune_ros.inbox import JOINTS, POSE, Inbox, proprio_inputs
 from specprune_ros.loading import load_policy
 from specprune_ros.msg import ActionChunk, ExecutedAction, PruningDiagnostics
 from specprune_ros.overlay import draw_overlay
@@ -35,10 +36,9 @@ from specprune_ros.ros import conversions, diagnostics, qos
 from specprune_ros.ros.params import Parameters, fixed_changes
 from specprune_ros.ros.process import spin_process
 from specprune_ros.types import PolicyResult
-from specprune_ros.worker import InferenceWorker, Job
+from specprune_ros.worker import InferenceWorker, Job, LoadingThread
 
 STOP_S = 1.0  # how long cleanup waits for a running inference
-POLL_S = 0.05  # how often loading looks whether the process is to end
 TRANSPORTS = {'raw': (Image, ''), 'compressed': (CompressedImage, '/compressed')}
 SUCCESS, FAILURE = TransitionCallbackReturn.SUCCESS, TransitionCallbackReturn.FAILURE
 
@@ -47,15 +47,15 @@ class VlaNode(LifecycleNode):
     """Runs a pruned VLA on the robot.
 
     Subscribes (when active): cameras/<name>/image_raw[/compressed] or the configured topics,
-    joint_states, executed_action, ~/instruction. Publishes: ~/action_chunk, ~/pruning,
-    ~/overlay/<name>, /diagnostics.
+    joint_states and eef_pose where the robot's proprioception needs them, executed_action,
+    ~/instruction. Publishes: ~/action_chunk, ~/pruning, ~/overlay/<name>, /diagnostics.
     """
 
     def __init__(self, stop: threading.Event | None = None, *, name: str = 'vla_node', **kwargs):
         # Undeclared ones are let through to `_on_parameters`, which refuses them with a reason.
         super().__init__(name, allow_undeclared_parameters=True, **kwargs)
         self._stop = stop or threading.Event()
-        self._loader: threading.Thread | None = None
+        self._loading: LoadingThread | None = None
         self._health = Health()
         self._settings = Parameters(self)
         self._config: PolicyConfig | None = None
@@ -78,6 +78,7 @@ class VlaNode(LifecycleNode):
             self._publish_diagnostics,
             clock=Clock(clock_type=ClockType.STEADY_TIME),
         )
+        self._replan = self.create_guard_condition(self._on_replan)  # from the inference thread
         self.add_on_set_parameters_callback(self._on_parameters)
         for stranger, value in self._settings.strangers().items():
             error = ConfigError(stranger, value, 'unknown parameter, ignored')
@@ -91,7 +92,8 @@ class VlaNode(LifecycleNode):
         try:
             config = self._settings.read()
             self._check_topics(config)
-            policy = self._load(config)
+            self._loading = LoadingThread(lambda: warm_policy(config))
+            policy = self._loading.wait(self._stop)
             self._set_up(config, policy)
         except SpecPruneError as error:
             self._fault(error.code, str(error))
@@ -125,8 +127,10 @@ class VlaNode(LifecycleNode):
             kind, suffix = TRANSPORTS[transports[camera]]
             callback = self._image_callback(camera)
             self._subscribe(kind, topic + suffix, callback, qos.SENSOR)
-        if robot.joint_names:
-            self._subscribe(JointState, 'joint_states', self._on_joints, qos.SENSOR)
+        states = {JOINTS: (JointState, self._on_joints), POSE: (PoseStamped, self._on_pose)}
+        for topic in proprio_inputs(robot):
+            kind, callback = states[topic]
+            self._subscribe(kind, topic, callback, qos.SENSOR)
         self._subscribe(ExecutedAction, 'executed_action', self._on_executed, qos.EVERY_STEP)
         self._subscribe(String, '~/instruction', self._on_instruction, qos.LATCHED)
         period = 1.0 / self._config.runtime.query_rate_hz
@@ -158,34 +162,8 @@ class VlaNode(LifecycleNode):
 
     def shut_down(self) -> bool:
         """What the process does last (see ros/process.py); False when a thread would not end."""
-        loading = self._loader is not None and self._loader.is_alive()
+        loading = self._loading is not None and self._loading.is_alive
         return self._tear_down() and not loading
-
-    def _load(self, config: PolicyConfig):
-        """Load and warm up the policy in a thread, so that a signal need not wait for it.
-
-        Raises:
-            SpecPruneError: see loading.load_policy, or the process is to end.
-        """
-        done: list = []
-
-        def load() -> None:
-            try:
-                policy = load_policy(config)
-                policy.warm_up()
-                done.append(policy)
-            except Exception as error:  # carried to the executor's thread
-                done.append(error)
-
-        self._loader = threading.Thread(target=load, name='load', daemon=True)
-        self._loader.start()
-        while self._loader.is_alive():
-            self._loader.join(POLL_S)
-            if self._stop.is_set():
-                raise SpecPruneError('the process is to end: loading is given up')
-        if isinstance(done[0], Exception):
-            raise done[0]
-        return done[0]
 
     @staticmethod
     def _check_topics(config: PolicyConfig) -> None:
@@ -212,7 +190,9 @@ class VlaNode(LifecycleNode):
             name: self.create_publisher(Image, f'~/overlay/{name}', qos.RELIABLE)
             for name in config.robot.camera_names
         }
-        self._worker = InferenceWorker(policy, self._on_result, self._on_error)
+        self._worker = InferenceWorker(
+            policy, self._on_result, self._on_error, self._replan.trigger
+        )
 
     def _stop_inputs(self) -> None:
         with self._gate:
@@ -257,7 +237,11 @@ class VlaNode(LifecycleNode):
 
     def _on_joints(self, msg: JointState) -> None:
         with self._counting():
-            self._inbox.put_joints(self._stamp('joint_states', msg), msg.name, msg.position)
+            self._inbox.put_joints(self._stamp(JOINTS, msg), msg.name, msg.position)
+
+    def _on_pose(self, msg: PoseStamped) -> None:
+        with self._counting():
+            self._inbox.put_pose(self._stamp(POSE, msg), *conversions.pose_from_msg(msg))
 
     def _on_instruction(self, msg: String) -> None:
         with self._counting():
@@ -266,7 +250,13 @@ class VlaNode(LifecycleNode):
                     self._ticket += 1
 
     def _on_executed(self, msg: ExecutedAction) -> None:
-        self._worker.observe(conversions.executed_from_msg(msg), self._inbox.images)
+        images = self._inbox.recent_images(self._now_ns())
+        self._worker.observe(conversions.executed_from_msg(msg), images)
+
+    def _on_replan(self) -> None:
+        """Motion turned fine, and pruning.replan_on_fine asks for a query at once."""
+        if self._active:
+            self._on_query()
 
     def _on_query(self) -> None:
         """Leave one observation for the inference thread, or say why there is none."""
@@ -408,6 +398,13 @@ class _Counting:
             self._node._fault(error.code, str(error))
             return True
         return False
+
+
+def warm_policy(config: PolicyConfig):
+    """The policy, loaded and warmed up; what it raises, see loading.load_policy."""
+    policy = load_policy(config)
+    policy.warm_up()
+    return policy
 
 
 def checked_pruning(config: PolicyConfig):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from specprune_ros.models.base import ActionHead
+
 
 class ResidualBlock(nn.Module):
     """x + ReLU(Linear(LayerNorm(x)))."""
@@ -17,7 +19,7 @@ class ResidualBlock(nn.Module):
         return x + self.ffn(x)
 
 
-class L1RegressionHead(nn.Module):
+class L1RegressionHead(ActionHead):
     """One action per A consecutive hidden states.
 
     Args:

@@ -1,0 +1,74 @@
+"""Watches what pruning does to the actions, and relaxes it before the robot shows it.
+
+Our own: no published method checks itself. Two signs are read: the recall of Eq. 1, at every
+query, and the disagreement of pruned and dense actions, at a rare query that is computed both
+ways.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from specprune_ros.config import PruneConfig
+
+GOOD_CHECKS = 3  # checks in a row that must pass before the guard takes a step back
+
+
+@dataclass(frozen=True)
+class GuardState:
+    """What the guard has found in this episode.
+
+    Attributes:
+        extra: added to the configured alpha.
+        tripped: the highest alpha did not help: queries run dense, but for those that check.
+        good: checks passed in a row.
+        why: what made it relax, in words; empty while nothing did.
+    """
+
+    extra: float = 0.0
+    tripped: bool = False
+    good: int = 0
+    why: str = ''
+
+    def alpha(self, config: PruneConfig) -> float:
+        """The alpha to prune with."""
+        return config.alpha + self.extra
+
+
+def checks_now(config: PruneConfig, query: int) -> bool:
+    """Whether a query is computed both ways; the first of an episode is dense anyhow."""
+    return config.guard_every > 0 and query > 0 and query % config.guard_every == 0
+
+
+def after_check(
+    state: GuardState, config: PruneConfig, *, disagreement: float, recall: float
+) -> GuardState:
+    """The state after a query was computed both ways.
+
+    Args:
+        state: before.
+        config: limits and bounds.
+        disagreement: mean absolute difference of the normalised actions.
+        recall: lowest of the cameras'; NaN when unknown.
+
+    Returns:
+        One step looser after a bad check, dense beyond the highest alpha; one step back towards
+        the configured alpha after GOOD_CHECKS good ones.
+    """
+    reasons = []
+    if not disagreement <= config.guard_disagreement:  # NaN is bad
+        reasons.append(f'actions differ by {disagreement:.3f}')
+    if recall < config.guard_recall:
+        reasons.append(f'recall {recall:.2f}')
+    room = max(config.guard_alpha - config.alpha, 0.0)
+    if reasons:
+        tripped = state.extra >= room
+        extra = min(state.extra + config.guard_step, room)
+        return GuardState(extra, tripped, 0, ', '.join(reasons))
+    if state.tripped:
+        return replace(state, tripped=False, good=0)
+    good = state.good + 1
+    if good < GOOD_CHECKS or state.extra == 0.0:
+        return replace(state, good=good)
+    extra = max(state.extra - config.guard_step, 0.0)
+    return GuardState(extra, False, 0, state.why if extra else '')
