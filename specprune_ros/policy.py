@@ -58,6 +58,11 @@ class Policy:
 
     Not thread-safe: call it from one thread.
 
+    Attributes:
+        model: the loaded model.
+        config: all axes.
+        last_laps_s: stage or part of it (timing.STAGES, timing.PRUNING) -> seconds, last query.
+
     Args:
         model: a loaded model.
         config: all axes.
@@ -76,6 +81,7 @@ class Policy:
         self._rotations = config.robot.per_camera('camera_rotations')
         self._episode = Episode(epoch=1)
         self._chunks = 0
+        self.last_laps_s: dict[str, float] = {}
 
     @classmethod
     def load(cls, config: PolicyConfig) -> Policy:
@@ -193,10 +199,11 @@ class Policy:
         self._begin_query(observation)
         with torch.inference_mode():
             frames, reference = self._pixels(images)
+            clock.lap('preprocess')
             similarity = None
             if reference is not None:
                 similarity = patch_similarity(frames, reference.pixels, self.model.info.grid)
-            clock.lap('preprocess')
+            clock.lap('similarity')
             prompt = self.model.embed(frames, observation.proprio, observation.instruction)
             clock.lap('embed')
             context = QueryContext(
@@ -213,6 +220,7 @@ class Policy:
             outcome = self._act(prompt, context, clock)
             normalized = outcome.actions.cpu().double().numpy()
             clock.lap('act')
+        self.last_laps_s = clock.laps()
         chunk = self._chunk(observation, normalized)
         report = make_report(
             chunk=chunk,
@@ -306,7 +314,9 @@ class Policy:
         try:
             run = self._method.begin(context)
             actions = self._decode_and_act(prompt, run, clock)
+            clock.lap('act')
             trace, memory = run.trace(), run.memory()
+            clock.lap('trace')
         except Exception as error:  # whatever fails in pruning costs speed, never the action
             return self._dense(prompt, context, clock, f'{type(error).__name__}: {error}')
         self._episode.memory = memory

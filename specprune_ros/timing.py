@@ -8,6 +8,15 @@ from itertools import pairwise
 import torch
 
 STAGES = ('preprocess', 'embed', 'decode', 'act')
+# What pruning adds, and the stage of which it is a part: patch similarity; scores from attention
+# rows; choosing what stays; dropping rows; the record of what went.
+PRUNING = {
+    'similarity': 'preprocess',
+    'score': 'decode',
+    'select': 'decode',
+    'gather': 'decode',
+    'trace': 'act',
+}
 
 
 class StageClock:
@@ -22,12 +31,21 @@ class StageClock:
         """What passed since the last lap belongs to a stage; its laps add up."""
         self._marks.append((stage, self._mark()))
 
-    def seconds(self) -> dict[str, float]:
-        """Report field -> seconds. Call after the result is on the host."""
-        spent = dict.fromkeys(STAGES, 0.0)
+    def laps(self) -> dict[str, float]:
+        """Stage or part of it -> seconds. Call after the result is on the host."""
+        spent = dict.fromkeys((*STAGES, *PRUNING), 0.0)
         for (_, before), (stage, after) in pairwise(self._marks):
             spent[stage] += before.elapsed_time(after) / 1e3 if self._cuda else after - before
-        named = {f'latency_{stage}_s': seconds for stage, seconds in spent.items()}
+        return spent
+
+    def seconds(self) -> dict[str, float]:
+        """Report field -> seconds; a part counts in its stage, and in what pruning adds."""
+        laps = self.laps()
+        spent = {stage: laps[stage] for stage in STAGES}
+        for part, stage in PRUNING.items():
+            spent[stage] += laps[part]
+        spent['pruning'] = sum(laps[part] for part in PRUNING)
+        named = {f'latency_{name}_s': value for name, value in spent.items()}
         return {**named, 'latency_total_s': time.perf_counter() - self._start}
 
     def _mark(self):

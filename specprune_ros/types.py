@@ -172,6 +172,7 @@ class PruneReport:
     latency_embed_s: float = 0.0
     latency_decode_s: float = 0.0
     latency_act_s: float = 0.0
+    latency_pruning_s: float = 0.0
     latency_total_s: float = 0.0
     stand_in: bool = False
 

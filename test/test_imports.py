@@ -90,13 +90,15 @@ def test_importing_the_package_imports_nothing_heavy():
 def test_bench_runs_on_a_bare_pytorch_machine(tmp_path):
     bare = without(ROS | {'cv2', 'rich', 'matplotlib', 'rosbags'})
     out = tmp_path / 'rows.json'
-    run_python(
+    printed = run_python(
         bare
         + f"""
 from specprune_ros.cli import main
-assert main(['bench', '--cameras', '1', '--repeats', '2', '--json', {str(out)!r}]) == 0
+options = ['--cameras', '1', '--repeats', '2', '--breakdown', '--json', {str(out)!r}]
+assert main(['bench', *options]) == 0
 """
     )
+    assert all(part in printed for part in ('similarity', 'score', 'gather', 'controller'))
     rows = json.loads(out.read_text())
     assert {row['method'] for row in rows} == {'none', 'specprune'}
     wanted = {'method', 'form', 'cameras', 'stage', 'median_ms', 'p95_ms', 'ratio_to_dense_sdpa'}

@@ -24,8 +24,8 @@ from specprune_ros.types import Mode, PolicyResult
 OWN_BAG = DATA / 'pick_place'
 NS, PERIOD = 1_000_000_000, 50_000_000
 QUERIES = math.ceil(155 / 8)
-TIMINGS = {'latency_preprocess_s', 'latency_embed_s', 'latency_decode_s', 'latency_act_s',
-           'latency_total_s'}  # fmt: skip
+STAGES = ('preprocess', 'embed', 'decode', 'act', 'pruning', 'total')
+TIMINGS = {f'latency_{stage}_s' for stage in STAGES}
 
 
 class InMemory:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import platform
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -18,7 +19,7 @@ import torch
 from specprune_ros.config import PolicyConfig
 from specprune_ros.models import load
 from specprune_ros.policy import Policy
-from specprune_ros.timing import STAGES
+from specprune_ros.timing import PRUNING, STAGES
 from specprune_ros.types import ExecutedAction, Observation, PruneReport
 
 DENSE = 'none'
@@ -52,6 +53,32 @@ class Row:
     ratio_high: float  # 75th
     kept_static: float  # share of visual tokens
     kept_final: float
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """One query of one variant.
+
+    Attributes:
+        report: what it did.
+        laps_s: stage or part of it -> seconds.
+        controller_s: seconds spent on the executed actions of its chunk.
+    """
+
+    report: PruneReport
+    laps_s: dict[str, float]
+    controller_s: float
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one part of pruning costs: median time, and its share of the dense inference."""
+
+    name: str
+    cameras: int
+    form: str
+    median_ms: float
+    share_of_dense: float
 
 
 def make_variants(config: PolicyConfig, cameras: int) -> list[Variant]:
@@ -104,34 +131,63 @@ def executed(policy: Policy, speed: float) -> ExecutedAction:
     )
 
 
-def measure(variants: list[Variant], repeats: int) -> Iterator[dict[str, PruneReport]]:
+def measure(variants: list[Variant], repeats: int) -> Iterator[dict[str, Sample]]:
     """Query all variants in turn, again and again.
 
     Yields:
-        Per repeat: form -> report. The first query of the episode, dense for all, is left out.
+        Per repeat: form -> sample. The first query of the episode, dense for all, is left out.
     """
     info = variants[0].policy.model.info
     for variant in variants:
         variant.policy.reset()
     for step in range(repeats + 1):
         observation = scene(info.cameras, step, info.proprio_dim)
-        reports = {}
+        samples = {}
         for variant in variants:
             policy = variant.policy
-            reports[variant.form] = policy.infer(observation).report
-            speed = FAST if step % 2 else SLOW
+            report = policy.infer(observation).report
+            laps = policy.last_laps_s
+            action = executed(policy, FAST if step % 2 else SLOW)
+            start = time.perf_counter()
             for _ in range(policy.config.robot.horizon):
-                policy.observe_executed(executed(policy, speed), observation.images)
+                policy.observe_executed(action, observation.images)
+            samples[variant.form] = Sample(report, laps, time.perf_counter() - start)
         if step:
-            yield reports
+            yield samples
 
 
-def rows_of(variants: list[Variant], runs: list[dict[str, PruneReport]]) -> list[Row]:
+def breakdown(variants: list[Variant], runs: list[dict[str, Sample]]) -> list[Part]:
+    """What every part of pruning costs, of each pruned variant.
+
+    The reference frame is what preprocessing takes longer than the dense model's.
+    """
+    dense = [run[variants[0].form] for run in runs]
+    total_ms = 1e3 * float(np.median([sample.report.latency_total_s for sample in dense]))
+    parts = []
+    for variant in variants[1:]:
+        mine = [run[variant.form] for run in runs]
+        spent = {
+            'reference frame': [
+                ours.laps_s['preprocess'] - base.laps_s['preprocess']
+                for ours, base in zip(mine, dense, strict=True)
+            ],
+            **{name: [sample.laps_s[name] for sample in mine] for name in PRUNING},
+            'controller': [sample.controller_s for sample in mine],
+        }
+        spent['all'] = list(np.sum([values for values in spent.values()], axis=0))
+        for name, seconds in spent.items():
+            median = 1e3 * float(np.median(seconds))
+            cameras = len(variant.policy.model.info.cameras)
+            parts.append(Part(name, cameras, variant.form, median, median / total_ms))
+    return parts
+
+
+def rows_of(variants: list[Variant], runs: list[dict[str, Sample]]) -> list[Row]:
     """Medians, percentiles and paired ratios of every stage."""
     rows = []
     for variant in variants:
-        reports = [run[variant.form] for run in runs]
-        dense = [run[variants[0].form] for run in runs]
+        reports = [run[variant.form].report for run in runs]
+        dense = [run[variants[0].form].report for run in runs]
         total = sum(int(report.tokens_total.sum()) for report in reports)
         kept = [
             sum(int(getattr(report, name).sum()) for report in reports) / total

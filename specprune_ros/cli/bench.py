@@ -24,6 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument('--repeats', type=int, default=30, help='queries per variant')
     parser.add_argument(
+        '--breakdown', action='store_true', help='also what every part of pruning costs'
+    )
+    parser.add_argument(
         '--preprocessing',
         metavar='RECORDING',
         help='instead: exact against fast preprocessing on a recording',
@@ -43,15 +46,19 @@ def run(arguments: argparse.Namespace) -> int:
     repeats = at_least('repeats', arguments.repeats, 1)
     for path in filter(None, (arguments.json, arguments.csv)):
         check_writable(path)  # before the measurement, not after it
-    rows = []
+    rows, parts = [], []
     for cameras in arguments.cameras:
         variants = latency.make_variants(config, cameras)
-        rows += latency.rows_of(variants, list(latency.measure(variants, repeats)))
+        runs = list(latency.measure(variants, repeats))
+        rows += latency.rows_of(variants, runs)
+        parts += latency.breakdown(variants, runs)
     environment = latency.environment(pick_device(config.model.device))
     print(', '.join(f'{key} {value}' for key, value in environment.items()))
     print(f'model {variants[0].policy.model.info.name}')
     print(f'alpha {config.pruning.alpha:g}, {repeats} queries each, coarse:fine 1:1')
     print(table(rows))
+    if arguments.breakdown:
+        print(breakdown_table(parts))
     records = [{**dataclasses.asdict(row), **environment} for row in rows]
     if arguments.json:
         arguments.json.write_text(json.dumps(records, indent=1) + '\n')
@@ -124,5 +131,18 @@ def table(rows: list) -> str:
             f'{row.cameras:>7} {row.method:<10} {row.form:<11} {row.stage:<10} '
             f'{row.median_ms:>9.2f} {row.p95_ms:>8.2f} {row.ratio_to_dense_sdpa:>9.2f}x '
             f'{quartiles:>11} {kept:>9}'
+        )
+    return '\n'.join(lines)
+
+
+def breakdown_table(parts: list) -> str:
+    """What pruning adds, as text."""
+    lines = [
+        f'{"cameras":>7} {"form":<11} {"part of pruning":<16} {"median ms":>9} {"of dense":>9}'
+    ]
+    for part in parts:
+        lines.append(
+            f'{part.cameras:>7} {part.form:<11} {part.name:<16} {part.median_ms:>9.3f} '
+            f'{100 * part.share_of_dense:>8.2f}%'
         )
     return '\n'.join(lines)

@@ -20,6 +20,7 @@ from specprune_ros.errors import PruningError
 from specprune_ros.pruning.base import PruneRun
 from specprune_ros.token_layout import TokenLayout
 
+Lap = Callable[[str], None]
 SCORE_CHUNK = 128  # query rows whose attention to all keys is formed at a time
 
 
@@ -233,6 +234,7 @@ def decode(
     layout: TokenLayout,
     run: PruneRun,
     cache: KVCache | None = None,
+    lap: Lap = lambda stage: None,
 ) -> Decoded:
     """Run the decoder, dropping the tokens that `run` does not keep.
 
@@ -242,6 +244,7 @@ def decode(
         layout: of the unpruned sequence.
         run: decides after every layer.
         cache: an empty one to fill, for a model that goes on token by token.
+        lap: told at the end of every part of the work (timing.PRUNING, and 'decode').
 
     Returns:
         Hidden states after the final norm.
@@ -254,11 +257,16 @@ def decode(
     hidden = embeds
     for index in range(len(decoder.layers)):
         hidden, query, key = _layer_forward(decoder, index, hidden, cos, sin, cache)
+        lap('decode')
         keep = _ask(run, Probe(index + 1, hidden, query, key, decoder.causal, rows))
+        lap('score' if keep is None else 'select')
         if keep is not None:
             gather = rows.keep(keep)
             hidden, cos, sin = hidden[gather], cos[gather], sin[gather]
-    return Decoded(decoder.norm(hidden), rows.pos_idx)
+            lap('gather')
+    decoded = Decoded(decoder.norm(hidden), rows.pos_idx)
+    lap('decode')
+    return decoded
 
 
 class QueryDecoder:
@@ -271,7 +279,7 @@ class QueryDecoder:
         layout: of the unpruned sequence.
         run: the method's, asked in the first pass only.
         keep_floor: share of all visual tokens that must stay at the least.
-        lap: told 'act' before and 'decode' after every pass, for the clock.
+        lap: told 'act' before every pass, then as `decode` says; for the clock.
     """
 
     def __init__(
@@ -281,7 +289,7 @@ class QueryDecoder:
         run: PruneRun,
         *,
         keep_floor: float = 0.0,
-        lap: Callable[[str], None] = lambda stage: None,
+        lap: Lap = lambda stage: None,
     ):
         self._decoder = decoder
         self._layout = layout
@@ -291,10 +299,9 @@ class QueryDecoder:
     def __call__(self, embeds: Tensor, cache: KVCache | None = None) -> Decoded:
         """One pass over [S, C]; see `decode`."""
         self._lap('act')
-        decoded = decode(self._decoder, embeds, self._layout, self._run, cache)
+        decoded = decode(self._decoder, embeds, self._layout, self._run, cache, self._lap)
         if isinstance(self._run, _Recorder):
             self._run = _Replay(self._run.kept)
-        self._lap('decode')
         return decoded
 
     def extend(self, embeds: Tensor, pos_idx: Tensor, cache: KVCache) -> Tensor:

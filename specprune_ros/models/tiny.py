@@ -1,14 +1,15 @@
-"""A stand-in of the OpenVLA-OFT architecture, small enough for a CPU, with random weights.
+"""Stand-ins of the OpenVLA-OFT architecture, small enough for a CPU, with random weights.
 
-ITS ACTIONS MEAN NOTHING. It exists so that the package runs, is tested and is demonstrated without
-a download: same towers, projector, bidirectional Llama, placeholders and head as the real model,
-at a size that takes tens of milliseconds.
+THEIR ACTIONS MEAN NOTHING. They exist so that the package runs, is tested, demonstrated and
+measured without a download: same towers, projector, bidirectional Llama, placeholders and head as
+the real model.
 """
 
 from __future__ import annotations
 
 import math
 import zlib
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -33,15 +34,44 @@ from specprune_ros.models.vit import TowerConfig
 from specprune_ros.token_layout import Span
 
 MAX_CAMERAS = 4
-WIDTH = 64
-DINO = TowerConfig(width=32, depth=3, heads=2, mlp_width=128, registers=4, layer_scale=True)
-SIGLIP = TowerConfig(width=32, depth=3, heads=2, mlp_width=120, registers=None, layer_scale=False)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """One stand-in's sizes; `llama` are arguments of transformers.LlamaConfig."""
+
+    dino: TowerConfig
+    siglip: TowerConfig
+    llama: dict[str, object]
+
+
+SIZES = {
+    # Tens of milliseconds per query: tests and demos.
+    'tiny': Sizes(
+        TowerConfig(width=32, depth=3, heads=2, mlp_width=128, registers=4, layer_scale=True),
+        TowerConfig(width=32, depth=3, heads=2, mlp_width=120, registers=None, layer_scale=False),
+        {
+            'hidden_size': 64,
+            'intermediate_size': 176,
+            'num_hidden_layers': 12,
+            'num_attention_heads': 2,
+        },
+    ),
+    # The 7B's shape with an eighth of its width everywhere: what pruning saves and costs on a CPU.
+    'shrunk_7b': Sizes(
+        TowerConfig(width=128, depth=24, heads=2, mlp_width=512, registers=4, layer_scale=True),
+        TowerConfig(
+            width=144, depth=27, heads=2, mlp_width=538, registers=None, layer_scale=False
+        ),
+        {
+            'hidden_size': 512,
+            'intermediate_size': 1376,
+            'num_hidden_layers': 32,
+            'num_attention_heads': 8,
+        },
+    ),
+}
 LLAMA = {
-    'hidden_size': WIDTH,
-    'intermediate_size': 176,
-    'num_hidden_layers': 12,
-    'num_attention_heads': 2,
-    'num_key_value_heads': 2,
     'vocab_size': 1024,
     'max_position_embeddings': 2048,
     'rms_norm_eps': 1e-6,
@@ -78,24 +108,25 @@ def load(config: PolicyConfig, device: torch.device) -> OpenVLAOFT:
         ConfigError: not 1 to 4 cameras.
         MissingDependencyError: transformers is not installed.
     """
-    robot = config.robot
+    robot, sizes = config.robot, SIZES[config.model.name]
+    width, dino, siglip = sizes.llama['hidden_size'], sizes.dino, sizes.siglip
     cameras, horizon, actions = robot.camera_names, robot.horizon, len(robot.action_names)
     if len(cameras) > MAX_CAMERAS:
-        raise ConfigError('robot.camera_names', cameras, f'tiny takes 1 to {MAX_CAMERAS} cameras')
+        raise ConfigError('robot.camera_names', cameras, f'it takes 1 to {MAX_CAMERAS} cameras')
     proprio_dim = len(robot.joint_names)
     modules = {
-        'vision_backbone': VisionBackbone(DINO, SIGLIP),
-        'projector': Projector(DINO.width + SIGLIP.width, WIDTH),
-        'language_model': make_llama(LLAMA),
-        'action_head': L1RegressionHead(WIDTH, actions, hidden_width=WIDTH),
-        'proprio_projector': ProprioProjector(proprio_dim, WIDTH) if proprio_dim else None,
+        'vision_backbone': VisionBackbone(dino, siglip),
+        'projector': Projector(dino.width + siglip.width, width),
+        'language_model': make_llama({**LLAMA, **sizes.llama}),
+        'action_head': L1RegressionHead(width, actions, hidden_width=width),
+        'proprio_projector': ProprioProjector(proprio_dim, width) if proprio_dim else None,
     }
     generator = torch.Generator().manual_seed(config.model.seed)
     for module in filter(None, modules.values()):
         _randomize(module, generator)
         module.eval().requires_grad_(False).to(device)
-    side = DINO.image_size // DINO.patch_size
-    size = (DINO.image_size, DINO.image_size)
+    side = dino.image_size // dino.patch_size
+    size = (dino.image_size, dino.image_size)
     preprocessor = make_preprocessor(
         'fast' if config.model.preprocessing == 'auto' else config.model.preprocessing,
         size=size,
@@ -104,7 +135,7 @@ def load(config: PolicyConfig, device: torch.device) -> OpenVLAOFT:
         device=device,
     )
     info = ModelInfo(
-        name='tiny (stand-in, random weights: its actions mean nothing)',
+        name=f'{config.model.name} (stand-in, random weights: its actions mean nothing)',
         stand_in=True,
         cameras=cameras,
         image_size=size,
@@ -135,7 +166,7 @@ def _randomize(module: nn.Module, generator: torch.Generator) -> None:
         elif name.endswith('bias'):
             value = torch.zeros(parameter.shape)
         else:
-            fan_in = math.prod(parameter.shape[1:]) if parameter.dim() > 1 else WIDTH
+            fan_in = math.prod(parameter.shape[1:]) if parameter.dim() > 1 else len(parameter)
             gain = ATTENTION_GAIN if 'q_proj' in name or 'k_proj' in name else 1.0
             std = 1.0 if 'embed' in name and 'proj' not in name else gain / math.sqrt(fan_in)
             value = torch.randn(parameter.shape, generator=generator) * std
