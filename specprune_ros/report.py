@@ -92,7 +92,7 @@ def make_report(
         crop_side=view.crop_side,
         **{name: np.asarray(values, np.uint32) for name, values in counts.items()},
         recall=np.full(cameras, NAN) if trace.recall is None else _host(trace.recall),
-        recall_mean=np.mean(episode.recalls, axis=0) if episode.recalls else np.full(cameras, NAN),
+        recall_mean=known_mean(episode.recalls, cameras),
         flops_share=decoder_share(trace, layout, decoder),
         guard_disagreement=guard_disagreement,
         reason=trace.reason.cpu().numpy().reshape(-1),
@@ -104,6 +104,14 @@ def make_report(
         stand_in=chunk.stand_in,
         **latency_s,
     )
+
+
+def known_mean(recalls: list[np.ndarray], cameras: int) -> np.ndarray:
+    """[V] mean over the queries whose recall is known; NaN where none is."""
+    stacked = np.stack(recalls) if recalls else np.full((1, cameras), NAN)
+    known = np.isfinite(stacked)
+    total = np.where(known, stacked, 0.0).sum(axis=0)
+    return np.where(known.any(axis=0), total / known.sum(axis=0).clip(1), NAN)
 
 
 def decoder_share(trace: PruneTrace, layout: TokenLayout, decoder: Decoder) -> float:

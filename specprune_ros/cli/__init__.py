@@ -6,11 +6,18 @@ import argparse
 import sys
 
 from specprune_ros import __version__
-from specprune_ros.cli import bench, info, replay, run, verify
+from specprune_ros.cli import ablate, bench, info, replay, run, verify
 from specprune_ros.errors import SpecPruneError
 from specprune_ros.loading import COMMANDS as INSTALL
 
-COMMANDS = {'run': run, 'replay': replay, 'bench': bench, 'info': info, 'verify': verify}
+COMMANDS = {
+    'run': run,
+    'replay': replay,
+    'bench': bench,
+    'ablate': ablate,
+    'info': info,
+    'verify': verify,
+}
 
 
 def main(argv: list[str] | None = None) -> int:

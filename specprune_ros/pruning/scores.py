@@ -149,8 +149,8 @@ def recall(previous: Tensor, current: Tensor) -> Tensor:
         previous, current: [V, N] bool, the important sets of two consecutive queries.
 
     Returns:
-        [V] float32; 1 where the current set is empty.
+        [V] float32; NaN where the current set is empty.
     """
     size = current.sum(dim=-1)
     common = (previous & current).sum(dim=-1)
-    return torch.where(size > 0, common / size.clamp_min(1), 1.0)
+    return torch.where(size > 0, common / size.clamp_min(1), torch.nan)

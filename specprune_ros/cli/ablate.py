@@ -1,0 +1,79 @@
+"""Run the paper's ablation studies, and our own, on a recording.
+
+Every variant answers every query of the recording beside the dense model. Writes ablation.md (all
+tables), ablation.json, queries.csv (every variant, seed and query) and one plot per study.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from specprune_ros.cli.options import (
+    add_config_arguments,
+    add_recording_arguments,
+    at_least,
+    config_from,
+    recording_from,
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    add_recording_arguments(parser)
+    add_config_arguments(parser)
+    parser.add_argument(
+        '--study',
+        nargs='+',
+        action='extend',
+        default=[],
+        metavar='NAME',
+        help='run only these; a wrong name lists them all',
+    )
+    parser.add_argument(
+        '--seeds',
+        type=int,
+        default=3,
+        metavar='N',
+        help='stand-in: that many random weights; checkpoint: that many phases of the queries',
+    )
+    parser.add_argument('--out', type=Path, default=Path('out/ablate'), help='output folder')
+    parser.add_argument('--json', type=Path, help='instead of OUT/ablation.json')
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from specprune_ros.ablation import output
+    from specprune_ros.ablation.runner import base_of, run_ablation, ticks
+    from specprune_ros.ablation.studies import select
+    from specprune_ros.ablation.summary import INTERVAL, summarize
+    from specprune_ros.ablation.task import RecordingTask
+    from specprune_ros.models import load
+    from specprune_ros.offline import fit_robot
+
+    studies = select(arguments.study)
+    seeds = at_least('seeds', arguments.seeds, 1)
+    recording = recording_from(arguments)
+    config = fit_robot(config_from(arguments), recording)
+    task = RecordingTask(recording, config.robot)
+    total = ticks(task, studies, base_of(config.pruning), seeds)
+    json_path = arguments.json or arguments.out / 'ablation.json'
+    model = load(config)
+    output.prepare(arguments.out, json_path)
+    console = Console(width=None if sys.stdout.isatty() else output.WIDTH)
+    with Progress(console=console) as progress:
+        bar = progress.add_task('queries', total=total)
+        ablation = run_ablation(
+            model, config, task, studies, seeds=seeds, tick=lambda: progress.advance(bar)
+        )
+    summaries = {study.name: summarize(ablation, study) for study in studies}
+    output.write_all(ablation, summaries, arguments.out, json_path)
+    console.print(f'{output.hardware(ablation)}\n{output.evidence(ablation)}\n{INTERVAL}')
+    for study in studies:
+        console.print(output.terminal_table(study, summaries[study.name], ablation))
+    console.print(f'written to {arguments.out}')
+    return 0
