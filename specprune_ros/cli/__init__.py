@@ -6,12 +6,13 @@ import argparse
 import sys
 
 from specprune_ros import __version__
-from specprune_ros.cli import ablate, bench, info, replay, run, verify
+from specprune_ros.cli import ablate, bench, explain, info, replay, run, verify
 from specprune_ros.errors import SpecPruneError
 from specprune_ros.loading import COMMANDS as INSTALL
 
 COMMANDS = {
     'run': run,
+    'explain': explain,
     'replay': replay,
     'bench': bench,
     'ablate': ablate,
