@@ -56,6 +56,7 @@ class Robot(World):
         return super().joint_state(names, positions)
 
 
+@pytest.mark.slow
 def test_broken_then_mended_then_every_method(folder, tmp_path):
     broken = tmp_path / 'broken'
     shutil.copytree(folder, broken, symlinks=True)

@@ -96,6 +96,7 @@ def test_bad_configuration_leaves_the_node_unconfigured(world, parameters, words
         assert process.stop()[0] == 0
 
 
+@pytest.mark.slow
 def test_compressed_cameras_from_a_replay(world):
     parameters = {
         'robot.camera_names': ['wrist', 'side', 'overhead'],

@@ -570,6 +570,7 @@ def test_storage_cut_inside_a_bag(tmp_path, storage):
         refusal(tmp_path / 'bag')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('storage', [StoragePlugin.MCAP, StoragePlugin.SQLITE3], ids=str)
 def test_storage_with_random_damage(tmp_path, storage):
     """Bug: rosbags' own exceptions, struct.error, OverflowError and others came through.
