@@ -125,7 +125,13 @@ def find_config(name: str | Path) -> Path:
         for candidate in (root / path, root / f'{path}.yaml'):
             if candidate.is_file():
                 return candidate
-    raise ConfigError('params_file', str(name), f'no such file, nor in {[str(r) for r in roots]}')
+    shipped = {f'{f.parent.name}/{f.stem}' for root in roots for f in root.glob('*/*.yaml')}
+    raise ConfigError(
+        'params_file',
+        str(name),
+        f'no such file, nor one that ships: {", ".join(sorted(shipped)) or "none found"} '
+        f'(in {", ".join(map(str, roots))})',
+    )
 
 
 def config_roots() -> list[Path]:

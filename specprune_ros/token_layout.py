@@ -9,6 +9,7 @@ Four index spaces, never mixed:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -95,15 +96,30 @@ class TokenLayout:
         starts = torch.tensor(self.camera_starts)[:, None]
         return (starts + torch.arange(self.patches)).flatten()
 
+    @cached_property
+    def _on_device(self) -> dict[tuple[str, str], Tensor]:
+        """What was copied to a device once: a pass of the decoder must not copy again."""
+        return {}
+
     def visual_pos_idx(self, device: torch.device | str = 'cpu') -> Tensor:
         """[V*N] position of every visual token, indexed by `visual_idx`."""
-        return self._visual_pos.to(device)
+        return self._once('visual', device, lambda: self._visual_pos)
 
     def protected_pos_idx(self, device: torch.device | str = 'cpu') -> Tensor:
         """[S - V*N] ascending positions of all that is never pruned: everything but patches."""
-        keep = torch.ones(self.length, dtype=torch.bool)
-        keep[self._visual_pos] = False
-        return keep.nonzero().flatten().to(device)
+
+        def protected() -> Tensor:
+            keep = torch.ones(self.length, dtype=torch.bool)
+            keep[self._visual_pos] = False
+            return keep.nonzero().flatten()
+
+        return self._once('protected', device, protected)
+
+    def _once(self, name: str, device: torch.device | str, make: Callable[[], Tensor]) -> Tensor:
+        key = (name, str(device))
+        if key not in self._on_device:
+            self._on_device[key] = make().to(device)
+        return self._on_device[key]
 
     @staticmethod
     def row_idx(pos_idx: Tensor, wanted: Tensor) -> Tensor:

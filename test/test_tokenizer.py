@@ -16,7 +16,14 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from specprune_ros.errors import CheckpointError, MissingDependencyError, ObservationError
-from specprune_ros.models.tokenizer import OPENVLA_TEMPLATE, OPENVLA_V01_TEMPLATE, LlamaTokenizer
+from specprune_ros.models.tokenizer import OPENVLA_TEMPLATE, SLOT, LlamaTokenizer
+
+# A template of another shape: that of OpenVLA v0.1, whose towers are not known here.
+OPENVLA_V01_TEMPLATE = (
+    'A chat between a curious user and an artificial intelligence assistant. '
+    "The assistant gives helpful, detailed, and polite answers to the user's questions. "
+    f'USER: What action should the robot take to {SLOT}? ASSISTANT:'
+)
 
 WORDS = (
     '▁In : ▁What ▁action ▁should ▁the ▁robot ▁take ▁to ? Out ▁pick ▁up ▁cup ▁? ?? ▁▁ ▁ASS'

@@ -15,6 +15,8 @@ from specprune_ros.cli.options import add_config_arguments, at_least, config_fro
 from specprune_ros.config import PolicyConfig
 from specprune_ros.errors import ConfigError
 
+MODEL_SIDE = 224
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
@@ -96,6 +98,8 @@ def compare_preprocessing(config: PolicyConfig, path: str) -> int:
     environment = latency.environment(pick_device(config.model.device))
     print(', '.join(f'{key} {value}' for key, value in environment.items()))
     shapes = {image.shape[:2] for image in decoded[0].images.values()}
+    if shapes == {(MODEL_SIDE, MODEL_SIDE)}:
+        print("NOTE: the images have the model's size: no JPEG and no resize, little to compare")
     print(f'{len(decoded)} queries, {len(config.robot.camera_names)} cameras of {sorted(shapes)}')
     print(f'time:    exact {result.exact_ms:.2f} ms, fast {result.fast_ms:.2f} ms, all cameras')
     print(f'pixels:  differ by {result.pixel_mean:.3f} on average, {result.pixel_max:.0f} at most')

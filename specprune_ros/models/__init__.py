@@ -23,6 +23,10 @@ MODELS = {
 }
 
 
+# The reference's names for its sets of constants -> file of config/robots
+PLATFORMS = {'libero': 'libero_franka', 'aloha': 'aloha', 'bridge': 'bridge_widowx'}
+
+
 def load(config: PolicyConfig) -> VLAModel:
     """Load the configured model onto its device.
 
@@ -44,8 +48,8 @@ def load_model(
     *,
     cameras: Sequence[str],
     platform: str | Path = 'libero_franka',
-    device: str = 'auto',
-    dtype: str = 'auto',
+    device: str | torch.device = 'auto',
+    dtype: str | torch.dtype = 'auto',
     **model: object,
 ) -> VLAModel:
     """Load a published checkpoint folder, without configuration files.
@@ -55,14 +59,20 @@ def load_model(
             `name='univla'` for UniVLA).
         cameras: names, in the order in which the model was trained.
         platform: robot whose constants the checkpoint was trained with (chunk length, action and
-            proprioception elements, normalisation, gripper): a file of config/robots, or a path.
-        device, dtype, **model: fields of ModelConfig.
+            proprioception elements, normalisation, gripper): a key of PLATFORMS, a file of
+            config/robots, or a path.
+        device, dtype, **model: fields of ModelConfig, or torch's own objects.
 
     Raises:
         ConfigError, MissingDependencyError, CheckpointError: as `load`.
     """
-    robot = platform if Path(platform).is_file() else f'robots/{platform}'
-    values = {'name': 'openvla_oft', 'device': device, 'dtype': dtype, **model}
+    if isinstance(cameras, str):
+        raise ConfigError('cameras', cameras, 'must be a list of names')
+    robot = platform
+    if not Path(platform).is_file():
+        robot = f'robots/{PLATFORMS.get(str(platform), platform)}'
+    dtype = str(dtype).removeprefix('torch.')
+    values = {'name': 'openvla_oft', 'device': str(device), 'dtype': dtype, **model}
     settings = {f'model.{name}': value for name, value in values.items()}
     settings['model.checkpoint'] = str(folder)
     settings |= {

@@ -11,13 +11,48 @@ from pathlib import Path
 
 import numpy as np
 
-from specprune_ros.errors import CheckpointError, ConfigError
+from specprune_ros.errors import CheckpointError, ConfigError, shown
 from specprune_ros.models.checkpoint import Checkpoint, Weight, Weights, open_weights
 from specprune_ros.models.heads.latent import ACTION_DIM
-from specprune_ros.models.openvla_oft import BOUNDS_EPS, Bounds
+from specprune_ros.models.openvla_oft import (
+    BOUNDS_EPS,
+    DINO_MEAN,
+    DINO_STD,
+    SIGLIP_MEAN,
+    SIGLIP_STD,
+    Bounds,
+)
 from specprune_ros.models.vit import TowerConfig
 
-VISION_BACKBONE = 'dinosiglip-vit-so-224px'
+# Fields of config.json that change what is computed, and the values that are implemented; a
+# missing field has the first one.
+FIXED: dict[str, tuple] = {
+    'vision_backbone_id': ('dinosiglip-vit-so-224px',),
+    'model_type': ('openvla',),
+    'use_fused_vision_backbone': (True,),
+    'image_resize_strategy': ('resize-naive',),
+    'arch_specifier': ('no-align+fused-gelu-mlp',),
+}
+FIXED_TEXT: dict[str, tuple] = {
+    'model_type': ('llama',),
+    'hidden_act': ('silu',),
+    'rope_theta': (10000.0,),
+    'rope_scaling': (None,),
+    'attention_bias': (False,),
+    'mlp_bias': (False,),
+    'tie_word_embeddings': (False,),
+}
+LLAMA_SIZES = (
+    'hidden_size',
+    'intermediate_size',
+    'num_hidden_layers',
+    'num_attention_heads',
+    'num_key_value_heads',
+    'max_position_embeddings',
+    'vocab_size',
+)
+OVERRIDES = 'golden_tiny_vit_overrides'
+MEANS, STDS = (DINO_MEAN, SIGLIP_MEAN), (DINO_STD, SIGLIP_STD)
 DINO = TowerConfig(
     width=1024, depth=24, heads=16, mlp_width=4096, registers=4, layer_scale=True
 )  # ViT-L/14 with registers
@@ -117,14 +152,65 @@ class Folder:
     def open(cls, path: str | Path) -> Folder:
         """Read and check config.json."""
         folder = cls(Checkpoint(path))
-        config = folder.checkpoint.config
-        backbone = config.get('vision_backbone_id')
-        if backbone != VISION_BACKBONE or not config.get('use_fused_vision_backbone', True):
-            raise CheckpointError(
-                f'{folder.path / "config.json"}: vision_backbone_id is {backbone!r}, only '
-                f'{VISION_BACKBONE!r} is known here'
-            )
+        folder._check_config()
         return folder
+
+    def _check_config(self) -> None:
+        """Refuse what would be computed wrongly if it were passed over."""
+        config = self.checkpoint.config
+        self._check_fixed('', config, FIXED)
+        text = config.get('text_config', {})
+        if not isinstance(text, dict):
+            raise self._bad('text_config', text, 'must be a JSON object')
+        self._check_fixed('text_config.', text, FIXED_TEXT)
+        for name in LLAMA_SIZES:
+            if type(self.llama[name]) is not int or self.llama[name] < 1:
+                raise self._bad(f'text_config.{name}', self.llama[name], 'must be above 0')
+        llama = self.llama
+        heads = llama['num_attention_heads']
+        if llama['hidden_size'] % (2 * heads) or heads % llama['num_key_value_heads']:
+            raise self._bad('text_config.num_attention_heads', heads, 'does not fit hidden_size')
+        for name, least in (('n_action_bins', 2), ('pad_to_multiple_of', 0)):
+            value = config.get(name, least)
+            if type(value) is not int or not least <= value < llama['vocab_size']:
+                raise self._bad(name, value, f'must be a whole number from {least} on')
+        self._check_overrides(config.get(OVERRIDES))
+        self._check_means(self.checkpoint.json('preprocessor_config.json') or {})
+
+    def _check_fixed(self, prefix: str, values: dict, known: dict[str, tuple]) -> None:
+        for name, allowed in known.items():
+            value = values.get(name, allowed[0])
+            if value not in allowed:
+                raise self._bad(f'{prefix}{name}', value, f'only {allowed[0]!r} is known here')
+
+    def _check_overrides(self, sizes: object) -> None:
+        """Sizes of the towers where they are not the published ones (reference vectors)."""
+        if sizes is None:
+            return
+        names = ('embed_dim', 'depth', 'num_heads')
+        try:
+            values = [size[name] for size in sizes for name in names]
+        except (KeyError, TypeError):
+            values = []
+        if len(values) != 6 or not all(type(value) is int and value > 0 for value in values):
+            raise self._bad(OVERRIDES, sizes, f'needs {", ".join(names)} for two towers')
+
+    def _check_means(self, preprocessor: dict) -> None:
+        """The towers' normalisation is part of the architecture here."""
+        for name, ours in (('means', MEANS), ('stds', STDS)):
+            theirs = preprocessor.get(name, ours)
+            try:
+                same = np.allclose(np.asarray(theirs, np.float64), ours, atol=1e-4)
+            except (TypeError, ValueError):
+                same = False
+            if not same:
+                raise CheckpointError(
+                    f'{self.path / "preprocessor_config.json"}: {name} = {shown(theirs)}: only '
+                    f'{ours} is known here'
+                )
+
+    def _bad(self, field: str, value: object, why: str) -> CheckpointError:
+        return CheckpointError(f'{self.path / "config.json"}: {field} = {shown(value)}: {why}')
 
     @property
     def path(self) -> Path:
@@ -152,7 +238,7 @@ class Folder:
         """DINOv2's and SigLIP's sizes."""
         film_width = self.width if self.film else None
         towers = (replace(DINO, film_width=film_width), replace(SIGLIP, film_width=film_width))
-        sizes = self.checkpoint.config.get('golden_tiny_vit_overrides')
+        sizes = self.checkpoint.config.get(OVERRIDES)
         if sizes is None:
             return towers
         dino, siglip = (
@@ -315,7 +401,9 @@ class Folder:
         try:
             values = statistics[kind]
             arrays = [np.asarray(values[key], np.float64) for key in (low, high)]
-            mask = np.asarray(values.get('mask', np.ones(len(arrays[0]))), bool)
+            mask = np.asarray(values.get('mask', np.ones(len(arrays[0]), bool)))
+            if mask.dtype != bool:
+                raise ValueError(f'mask holds {mask.dtype}, not true and false')
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(
                 f'{self.path}: statistics of {name}: {kind} lacks {low} or {high} ({error!r})'

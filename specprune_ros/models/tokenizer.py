@@ -23,12 +23,6 @@ from specprune_ros.token_layout import Span
 
 SLOT = '{instruction}'
 OPENVLA_TEMPLATE = f'In: What action should the robot take to {SLOT}?\nOut:'
-# OpenVLA v0.1, published as openvla-7b-v01.
-OPENVLA_V01_TEMPLATE = (
-    'A chat between a curious user and an artificial intelligence assistant. '
-    "The assistant gives helpful, detailed, and polite answers to the user's questions. "
-    f'USER: What action should the robot take to {SLOT}? ASSISTANT:'
-)
 MAX_POSITIONS = 2048  # of Llama-2 as OpenVLA configures it
 
 BOS, STOP, SPACE = '<s>', '</s>', '▁'

@@ -148,6 +148,9 @@ class LatentActionHead(ActionHead):
 
     differs: the likeliest token each time, so that a chunk is a function of the observation; the
         public scripts draw at temperature 0.75 from the likeliest 0.9, and never the stop token.
+    differs: no history. The main public script puts the last latent tokens into the prompt and
+        queries at every step; this is the form of its blocking script, a chunk at a time. CALVIN's
+        decoders load, but their prompts, which always have a history, are not made.
     differs: with pruned patches the visual pool attends to those that are left; the public code
         prunes nothing.
     """
