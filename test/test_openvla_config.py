@@ -46,7 +46,7 @@ def spoil(folder, name: str, value: object, file: str = 'config.json') -> None:
         ('text_config.hidden_size', '32'),
         ('text_config.hidden_size', -1),
         ('text_config.num_attention_heads', 0),
-        ('text_config.num_attention_heads', 5),
+        ('text_config.num_attention_heads', 7919),
         ('text_config.vocab_size', 0),
         ('text_config.max_position_embeddings', None),
         ('n_action_bins', 1),

@@ -1,5 +1,7 @@
 """The paper's formulas against independent reference vectors, and their invariants."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -8,8 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from specprune_ros.pruning import scores
+from specprune_ros.pruning.budget import layer_keep_count
 
 PRUNERS = 'pruners/paper_specprune_scores.npz'
+
+
+def named(data: dict, pattern: str) -> tuple[np.ndarray, list[str]]:
+    """The one array whose name matches, and the groups: sizes stand in the names."""
+    (found,) = [match for name in data if (match := re.fullmatch(pattern, name))]
+    return data[found.string], list(found.groups())
 
 
 def attention(data: dict, rows: np.ndarray, columns: np.ndarray) -> torch.Tensor:
@@ -41,18 +50,22 @@ def test_local_and_global_sets(camera):
         wanted = sum(scores.top_k_rank(score[layer], k).isfinite()[0].int() for layer in layers)
         return ids[wanted.bool().numpy()]
 
-    assert union([0, 1], 5).tolist() == data[f'vlocal_k5_view{camera}'].tolist()
+    local, (k,) = named(data, rf'vlocal_k(\d+)_view{camera}')
+    assert union([0, 1], int(k)).tolist() == local.tolist()
     # The file's middle and last layer are not named; its sets must come from one pair of layers.
-    pairs = [(a, 5) for a in range(5)]
-    expected = data[f'vglobal_union_k6_view{camera}'].tolist()
-    assert expected in [union(list(pair), 6).tolist() for pair in pairs]
+    last = len(maps) - 1
+    pairs = [(layer, last) for layer in range(last)]
+    both, (k,) = named(data, rf'vglobal_union_k(\d+)_view{camera}')
+    k, expected = int(k), both.tolist()
+    assert expected in [union(list(pair), k).tolist() for pair in pairs]
 
     def mean(layers: list[int], k: int) -> np.ndarray:
         fused = torch.stack([score[layer] for layer in layers]).mean(dim=0)
         return ids[scores.top_k_rank(fused, k).isfinite()[0].numpy()]
 
-    pair = next(list(pair) for pair in pairs if union(list(pair), 6).tolist() == expected)
-    assert mean(pair, 6).tolist() == data[f'vglobal_mean_k6_view{camera}'].tolist()
+    right = [list(pair) for pair in pairs if union(list(pair), k).tolist() == expected]
+    means = [mean(pair, k).tolist() for pair in right]
+    assert data[f'vglobal_mean_k{k}_view{camera}'].tolist() in means
 
 
 @pytest.mark.golden
@@ -60,8 +73,8 @@ def test_local_and_global_sets(camera):
 @pytest.mark.parametrize('slope', [0.05, 0.1, 1.0])
 def test_eq6_rank_weight(slope, base):
     data = golden(PRUNERS)
-    expected = data[f'eq6_w_M32_k{slope}_base{base}']
-    descending = torch.arange(32, 0, -1)[None].float()
+    expected, (tokens,) = named(data, rf'eq6_w_M(\d+)_k{slope}_base{base}')
+    descending = torch.arange(int(tokens), 0, -1)[None].float()
     got = scores.rank_weight(descending, slope, base).numpy()
     np.testing.assert_allclose(got, expected, rtol=1e-5)
 
@@ -85,14 +98,13 @@ def test_eq5_and_eq9_scores_and_ten_percent_prune(base):
     maps = attention(data, data['text_idx'], image)
     confidence = torch.from_numpy(data['eq8_conf_renorm']).float()
     total = torch.zeros(len(image))
-    for index, expected in zip(
-        range(2, 6), data[f'eq5_9_S_joint_per_head_base{base}'], strict=True
-    ):
+    for index, expected in enumerate(data[f'eq5_9_S_joint_per_head_base{base}'], start=2):
         weight = scores.rank_weight(maps[index].mean(dim=1), 0.1, base)
         total = scores.ema(total, weight * confidence[index], 0.2)
         np.testing.assert_allclose(total.numpy(), expected, rtol=1e-4, atol=1e-7)
-    best = total.argsort(descending=True, stable=True)[:57].sort().values
     keep = data[f'prune10_keep_per_head_base{base}']
+    assert len(keep) == layer_keep_count(0.9, len(image))
+    best = total.argsort(descending=True, stable=True)[: len(keep)].sort().values
     assert image[best].tolist() == keep.tolist()
 
 
