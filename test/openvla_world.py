@@ -21,18 +21,31 @@ FOLDER = GOLDEN / 'openvla_oft'
 CPU = torch.device('cpu')
 SMALL_FILES = ('config.json', 'dataset_statistics.json', 'preprocessor_config.json')
 MODEL = 'model.safetensors'
-HEAD = 'action_head--150000_checkpoint.pt'
-PROPRIO = 'proprio_projector--150000_checkpoint.pt'
+
+
+def component(name: str, part: str = '') -> str:
+    """A component's path in the golden folder, whatever training step its name tells."""
+    files = sorted((FOLDER / part).glob(f'{name}--*_checkpoint.pt'))
+    file = files[0].name if files else f'{name}--absent_checkpoint.pt'
+    return f'{part}/{file}' if part else file
+
+
+HEAD, PROPRIO = component('action_head'), component('proprio_projector')
+FILM = component('vision_backbone', 'film')
+DIFFUSION_HEAD = component('action_head', 'diffusion')
+NOISY = component('noisy_action_projector', 'diffusion')
 LIBERO, ALOHA = 'libero', 'aloha'
 
 
 def assemble(target: Path, *files: str) -> Path:
     """A checkpoint folder: the base model's files, and others by their path in the golden folder.
 
-    Small files are copied so that a test may spoil them, the weights are linked.
+    Small files are copied so that a test may spoil them, the weights are linked. Skips the test
+    where one of them is absent.
     """
-    if not (FOLDER / MODEL).exists():
-        pytest.skip(f'reference vectors {FOLDER} are not there')
+    for name in (MODEL, *SMALL_FILES, *files):
+        if not (FOLDER / name).exists():
+            pytest.skip(f'reference vectors {FOLDER / name} are not there')
     target.mkdir(exist_ok=True)
     for name in SMALL_FILES:
         shutil.copy(FOLDER / name, target)

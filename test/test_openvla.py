@@ -10,7 +10,10 @@ import torch
 from conftest import GOLDEN, golden
 from openvla_world import (
     ALOHA,
+    DIFFUSION_HEAD,
+    FILM,
     HEAD,
+    NOISY,
     PROPRIO,
     assemble,
     configuration,
@@ -27,6 +30,9 @@ from specprune_ros.pruning.base import PruneRun
 from specprune_ros.verify import captured, compare, tensor_error, trace
 
 TOLERANCE = 1e-4
+CLEARLY = 100 * TOLERANCE  # what a trap's actions must at least be off by
+TIME_EMBEDDING = 'time_embedding_t'
+PRUNED_AFTER = 2  # layers
 pytestmark = pytest.mark.golden
 
 
@@ -130,26 +136,30 @@ def test_discrete_tokens(tmp_path):
     normalized = trace(model, images(), inputs()['proprio_raw'])['normalized_actions']
     expected = outputs()
     head = model.parts.action_head
-    centres = head.tokens(torch.tensor(expected['discrete_token_ids'])).reshape(8, 7).numpy()
-    assert (normalized == centres.astype(np.float32)).all()
+    centres = head.tokens(torch.tensor(expected['discrete_token_ids']).flatten())
+    shape = model.info.horizon, model.info.action_dim
+    assert (normalized == centres.reshape(shape).numpy().astype(np.float32)).all()
     got = actions_of(model, images(), inputs()['proprio_raw'])
     assert worst(got, expected['discrete_actions']) <= TOLERANCE
 
 
 def test_diffusion(tmp_path):
-    folder = assemble(
-        tmp_path / 'diffusion',
-        f'diffusion/{HEAD}',
-        'diffusion/noisy_action_projector--150000_checkpoint.pt',
-        PROPRIO,
-    )
+    folder = assemble(tmp_path / 'diffusion', DIFFUSION_HEAD, NOISY, PROPRIO)
     expected = outputs('diffusion')
     steps = len(expected['timesteps'])
     model = load_golden(folder, inputs()['input_ids'], diffusion_steps=steps)
     head = model.parts.action_head
     assert timesteps(steps) == expected['timesteps'].tolist()
     assert worst(alphas_cumprod().numpy(), expected['alphas_cumprod']) <= 1e-6
-    assert worst(head.times[0].numpy(), expected['time_embedding_t45']) <= 1e-5
+    embedded = {
+        int(name.removeprefix(TIME_EMBEDDING)): array
+        for name, array in expected.items()
+        if name.startswith(TIME_EMBEDDING)
+    }
+    assert embedded
+    for step, array in embedded.items():
+        ours = head.times[head.timesteps.index(step)].numpy()
+        assert worst(ours, array.squeeze()) <= 1e-5
     head.noise = torch.tensor(expected['noise'][0])
     noises: list[np.ndarray] = []
     passes: list[int] = []
@@ -164,13 +174,14 @@ def test_diffusion(tmp_path):
         hook.remove()
     assert len(passes) == steps, 'one pass of the language model per denoising step'
     assert worst(np.stack(noises), expected['noise_pred_per_step']) <= TOLERANCE
-    hidden = arrays['hidden'][-57 - 1 : -2]
+    span = model.layout(model.parts.tokenizer.prompt('')).head
+    hidden = arrays['hidden'][span.start : span.stop]
     assert worst(hidden, expected['action_hidden_states_last_step']) <= TOLERANCE
     assert worst(got, expected['actions']) <= TOLERANCE
 
 
 def film_folder(target):
-    return assemble(target, HEAD, PROPRIO, 'film/vision_backbone--150000_checkpoint.pt')
+    return assemble(target, HEAD, PROPRIO, FILM)
 
 
 def test_film(tmp_path):
@@ -189,7 +200,7 @@ def aloha_folder(target):
         'aloha/action_head.safetensors',
         'aloha/proprio_projector.safetensors',
         'aloha/dataset_statistics.json',
-        'film/vision_backbone--150000_checkpoint.pt',
+        FILM,
     )
 
 
@@ -211,8 +222,11 @@ def test_aloha(tmp_path):
 def test_bfloat16_stays_near(folder):
     model = load_golden(folder, inputs()['input_ids'], dtype='bfloat16')
     got = actions_of(model, images(), inputs()['proprio_raw'])
-    assert worst(got, outputs()['bf16_actions']) < 0.1
-    assert worst(got, outputs()['actions']) > 1e-4, 'this was not bfloat16'
+    exact, rounded = outputs()['actions'], outputs()['bf16_actions']
+    allowed = 3 * worst(rounded, exact)  # rounding in another order gives other errors of the size
+    assert worst(got, exact) < allowed
+    assert worst(got, rounded) < allowed
+    assert worst(got, exact) > TOLERANCE, 'this was not bfloat16'
 
 
 # The ten traps, each taken on purpose ---------------------------------------------------------
@@ -237,7 +251,7 @@ def test_trap_1_the_placeholders_own_hidden_states_are_the_wrong_ones(own):
         return type(right)(**{**vars_of(right), 'head': right.actions})
 
     own.layout = unshifted
-    assert changed_actions(own) > 0.5
+    assert changed_actions(own) > CLEARLY
 
 
 def vars_of(layout) -> dict:
@@ -248,7 +262,7 @@ def test_trap_2_causal_attention_is_wrong(folder):
     model = load_golden(folder, inputs()['input_ids'])
     object.__setattr__(model.decoder, 'causal', True)
     arrays = trace(model, images(), inputs()['proprio_raw'])
-    assert worst(arrays['actions'], outputs()['actions']) == pytest.approx(0.8, abs=0.15)
+    assert worst(arrays['actions'], outputs()['actions']) > 0.1
 
 
 def test_trap_3_rms_norm_epsilon_is_1e_6(model):
@@ -260,14 +274,14 @@ def test_trap_4_swapped_towers_statistics_are_wrong(own):
     backbone = own.parts.vision_backbone
     backbone.dino_mean, backbone.siglip_mean = backbone.siglip_mean, backbone.dino_mean
     backbone.dino_std, backbone.siglip_std = backbone.siglip_std, backbone.dino_std
-    assert changed_actions(own) > 0.01
+    assert changed_actions(own) > CLEARLY
 
 
 def test_trap_5_towers_end_before_the_last_block_and_without_norm(own, folder):
     tower = own.parts.vision_backbone.featurizer
     whole = tower.blocks
     tower.blocks = torch.nn.ModuleList([*whole, whole[-1]])  # now the last block runs too
-    assert changed_actions(own) > 0.01
+    assert changed_actions(own) > CLEARLY
     keys = Skeleton(Folder.open(folder), lm_head=False).state_dict()
     assert not [key for key in keys if 'featurizer.norm' in key]
 
@@ -280,7 +294,7 @@ def test_final_norm_of_the_towers_is_wrong(own):
         tower.register_forward_hook(
             lambda module, given, out: torch.nn.functional.layer_norm(out, out.shape[-1:])
         )
-    assert changed_actions(own) > 0.01
+    assert changed_actions(own) > CLEARLY
 
 
 def test_trap_6_layer_scale_belongs_to_dino_alone(model):
@@ -302,29 +316,54 @@ def test_trap_7_epsilons_and_exact_gelu(model):
     assert not torch.equal(block.mlp(x), rough)
 
 
-def test_renumbered_positions_are_wrong(own):
-    """What pruning must not do: survivors keep their positions."""
+class EverySecondPatch(PruneRun):
+    """Drops half of the image after layer PRUNED_AFTER."""
 
-    class Half(PruneRun):
-        def after_layer(self, probe):
-            return probe.visual_idx[::2] if probe.layer == 2 else None
+    def after_layer(self, probe):
+        return probe.visual_idx[::2] if probe.layer == PRUNED_AFTER else None
 
-    def actions(model) -> np.ndarray:
-        with torch.inference_mode():
-            prompt = model.embed(model.preprocess(images()), inputs()['proprio_raw'], '')
-            decode = QueryDecoder(model.decoder, prompt.layout, Half(None))
-            return model.act(prompt, decode).numpy()
 
-    kept = actions(own)
-    rotary = type(own.decoder).rotary
-    try:
-        type(own.decoder).rotary = lambda self, pos, dtype: rotary(
-            self, torch.arange(len(pos)) // 2, dtype
+def pruned_by_transformers(model, embeds, layout, *, renumber: bool) -> np.ndarray:
+    """EverySecondPatch with transformers' own layers, told where each token stands.
+
+    Args:
+        model: whose language model and action head compute.
+        embeds: [S, C].
+        layout: tells how many patches there are and what the head reads.
+        renumber: the mistake: survivors close ranks.
+    """
+    llama = model.parts.language_model
+    patches = range(1, 1 + len(layout.cameras) * layout.patches)
+    kept = [at for at in range(layout.length) if at not in patches[1::2]]
+    hidden, positions = embeds[None], torch.arange(layout.length)
+    for index, layer in enumerate(llama.layers):
+        if index == PRUNED_AFTER:
+            hidden, positions = hidden[:, kept], positions[kept]
+            positions = torch.arange(len(kept)) if renumber else positions
+        everything = torch.zeros(1, 1, len(positions), len(positions))  # without it: causal
+        out = layer(
+            hidden,
+            attention_mask=everything,
+            position_ids=positions[None],
+            position_embeddings=llama.rotary_emb(hidden, positions[None]),
         )
-        renumbered = actions(own)
-    finally:
-        type(own.decoder).rotary = rotary
-    assert np.abs(kept - renumbered).max() > 1e-3
+        hidden = out[0] if isinstance(out, tuple) else out
+    rows = [kept.index(at) for at in range(layout.head.start, layout.head.stop)]
+    return model.parts.action_head(llama.norm(hidden)[0, rows]).numpy()
+
+
+def test_survivors_keep_their_positions(model):
+    assert len(model.decoder.layers) > PRUNED_AFTER, 'no layer would see the pruned sequence'
+    with torch.inference_mode():
+        prompt = model.embed(model.preprocess(images()), inputs()['proprio_raw'], '')
+        layout, run = prompt.layout, EverySecondPatch(None)
+        got = model.act(prompt, QueryDecoder(model.decoder, layout, run)).numpy()
+        right, wrong = (
+            pruned_by_transformers(model, prompt.embeds, layout, renumber=renumber)
+            for renumber in (False, True)
+        )
+    assert worst(got, right) <= TOLERANCE
+    assert worst(got, wrong) > CLEARLY
 
 
 # Sizes of the published model ---------------------------------------------------------------
@@ -337,7 +376,7 @@ def test_all_keys_and_shapes_of_the_7b_model(tmp_path):
     shapes = {key: tuple(shape) for key, shape in json.loads(path.read_text()).items()}
     folder = assemble(tmp_path / 'seven')
     config = json.loads((folder / 'config.json').read_text())
-    del config['golden_tiny_vit_overrides']
+    config.pop('golden_tiny_vit_overrides', None)
     config['text_config'] = {
         'model_type': 'llama', 'pad_token_id': 32000, 'torch_dtype': 'bfloat16',
         'vocab_size': 32064,
@@ -346,11 +385,26 @@ def test_all_keys_and_shapes_of_the_7b_model(tmp_path):
     skeleton = Skeleton(Folder.open(folder), lm_head=True)
     built = {key: tuple(value.shape) for key, value in skeleton.state_dict().items()}
     assert all(value.is_meta for value in skeleton.state_dict().values())
-    unused = {key for key in shapes if key.startswith(UNUSED)}
-    assert built == {key: shape for key, shape in shapes.items() if key not in unused}
-    assert len(shapes) == 982
-    assert len(unused) == 17
+    unread = unread_shapes(dino=1024, siglip=1152, mlp=4304)
+    assert all(key.startswith(UNUSED) for key in unread)
+    assert shapes == built | unread
+    assert (len(shapes), len(unread)) == (982, 17)
     assert any(key.startswith(LM_HEAD) for key in built)
+
+
+def unread_shapes(*, dino: int, siglip: int, mlp: int) -> dict[str, tuple[int, ...]]:
+    """What the published towers hold beyond the blocks that are read: norms, SigLIP's pool."""
+    pool = {
+        'q': (siglip, siglip), 'kv': (2 * siglip, siglip), 'proj': (siglip, siglip),
+        'norm': (siglip,), 'mlp.fc1': (mlp, siglip), 'mlp.fc2': (siglip, mlp),
+    }  # fmt: skip
+    modules = {'featurizer.norm': (dino,), 'fused_featurizer.norm': (siglip,)}
+    modules |= {f'fused_featurizer.attn_pool.{name}': shape for name, shape in pool.items()}
+    shapes = {'vision_backbone.fused_featurizer.attn_pool.latent': (1, 1, siglip)}
+    for name, weight in modules.items():
+        shapes[f'vision_backbone.{name}.weight'] = weight
+        shapes[f'vision_backbone.{name}.bias'] = weight[:1]
+    return shapes
 
 
 def test_timesteps_visit_the_whole_schedule():

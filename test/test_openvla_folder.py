@@ -1,8 +1,10 @@
-"""Checkpoint folders as users have them: loading, `specprune info`, `specprune verify`, faults."""
+"""Checkpoint folders as users have them: loading, faults."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 import shutil
 
 import numpy as np
@@ -10,9 +12,12 @@ import pytest
 import torch
 from conftest import GOLDEN
 from openvla_world import (
+    DIFFUSION_HEAD,
+    FILM,
     FOLDER,
     HEAD,
     MODEL,
+    NOISY,
     PROPRIO,
     assemble,
     configuration,
@@ -20,18 +25,20 @@ from openvla_world import (
     load_golden,
 )
 from safetensors.torch import load_file, save_file
+from test_tokenizer import llama_json
 
-from specprune_ros.cli import main
+from specprune_ros.config_files import load_config
 from specprune_ros.errors import CheckpointError, ConfigError
 from specprune_ros.models import load_model
+from specprune_ros.models.decoder import QueryDecoder
 from specprune_ros.models.openvla_checkpoint import load
 from specprune_ros.policy import Policy
 from specprune_ros.pruning import METHODS
+from specprune_ros.pruning.base import PruneRun
 from specprune_ros.types import ExecutedAction, Observation
 from specprune_ros.verify import StoredPrompt
 
 pytestmark = pytest.mark.golden
-NOISY = 'diffusion/noisy_action_projector--150000_checkpoint.pt'
 
 
 @pytest.fixture
@@ -46,6 +53,16 @@ def spoil_json(path, **changes) -> None:
     path.write_text(json.dumps(content))
 
 
+def text_config() -> dict:
+    """Sizes of the reference's language model."""
+    return json.loads((FOLDER / 'config.json').read_text())['text_config']
+
+
+def unnorm_key() -> str:
+    """The dataset whose statistics the reference folder holds."""
+    return str(inputs()['unnorm_key'])
+
+
 def own_weights(folder) -> dict[str, torch.Tensor]:
     """The model's weights, in memory; the linked file makes way for a new one."""
     weights = load_file(folder / MODEL)
@@ -54,6 +71,45 @@ def own_weights(folder) -> dict[str, torch.Tensor]:
 
 
 # What users do -----------------------------------------------------------------------------
+
+
+ALOHA_FILES = (
+    'aloha/action_head.safetensors',
+    'aloha/proprio_projector.safetensors',
+    'aloha/dataset_statistics.json',
+    FILM,
+)
+
+
+@pytest.mark.parametrize(
+    ('platform', 'files', 'cameras', 'chunk', 'proprio'),
+    [
+        ('libero_franka', (HEAD, PROPRIO), ['agentview', 'wrist'], (8, 7), 8),
+        ('aloha', ALOHA_FILES, ['high', 'left', 'right'], (25, 14), 14),
+    ],
+)
+def test_load_model(tmp_path, platform, files, cameras, chunk, proprio):
+    """A folder, camera names and a platform give a model that acts on what it is told."""
+    folder = assemble(tmp_path / 'folder', *files)
+    (folder / 'tokenizer.json').write_text(json.dumps(llama_json()), encoding='utf-8')
+    model = load_model(folder, cameras=cameras, platform=platform, device='cpu', dtype='float32')
+    info = model.info
+    assert (info.cameras, info.proprio_dim) == (tuple(cameras), proprio)
+    assert (info.horizon, info.action_dim) == chunk
+    assert not info.stand_in
+    pictures = [inputs()['images_uint8'][0]] * len(cameras)
+
+    def actions(instruction: str) -> np.ndarray:
+        with torch.inference_mode():
+            prompt = model.embed(model.preprocess(pictures), np.zeros(proprio), instruction)
+            decode = QueryDecoder(model.decoder, prompt.layout, PruneRun(None))
+            return model.unnormalize(model.act(prompt, decode).numpy())
+
+    pick = actions('pick up the cup')
+    assert pick.shape == chunk
+    assert np.isfinite(pick).all()
+    assert (pick == actions('pick up the cup')).all()
+    assert (pick != actions('take the cup up to the robot')).any()
 
 
 def test_without_a_tokenizer_the_message_says_which_file_is_missing(folder):
@@ -80,7 +136,7 @@ def test_every_method_runs_on_the_same_checkpoint(folder, name):
         )
         chunk, report = result.chunk, result.report
         assert report.fallback_reason == ''
-        assert chunk.data.shape == (8, 7)
+        assert chunk.data.shape == (model.info.horizon, model.info.action_dim)
         assert set(np.unique(chunk.data[:, 6])) <= {-1.0, 0.0, 1.0}, 'the gripper is binary'
         for row in chunk.data:
             policy.observe_executed(
@@ -92,7 +148,7 @@ def test_every_method_runs_on_the_same_checkpoint(folder, name):
 
 
 def test_diffusion_is_pruned_once_and_keeps_the_same_tokens_at_every_step(tmp_path):
-    folder = assemble(tmp_path / 'diffusion', f'diffusion/{HEAD}', NOISY, PROPRIO)
+    folder = assemble(tmp_path / 'diffusion', DIFFUSION_HEAD, NOISY, PROPRIO)
     config = configuration(folder, diffusion_steps=4)
     policy = Policy(load(config, torch.device('cpu'), StoredPrompt(inputs()['input_ids'])), config)
     rows: list[int] = []
@@ -179,44 +235,90 @@ def test_lora_adapter_over_a_base_model(tmp_path):
             load_golden(folder, inputs()['input_ids'])
 
 
-def test_info(folder, capsys):
-    assert main(['info', str(folder)]) == 1, 'the tokenizer is missing'
-    out = capsys.readouterr().out
-    for told in ('L1', '7 action elements', '8 elements', 'libero_spatial_no_noops',
-                 'tokenizer.json', f'checkpoint:={folder}', 'robot:=libero_franka'):  # fmt: skip
-        assert told in out
-    (folder / 'tokenizer.json').touch()
-    assert main(['info', str(folder)]) == 0
-    assert 'nothing' in capsys.readouterr().out
+# What the configuration decides ----------------------------------------------------------------
+
+SHIPPED = {
+    # name: cameras, horizon, action elements, proprioception, normalization, gripper, rotations,
+    #       source size
+    'libero_franka': (2, 8, 7, 8, 'bounds_q99', 'close_positive', (180,), 0),
+    'libero_franka_1cam': (1, 1, 7, 0, 'bounds_q99', 'close_positive', (180,), 0),
+    'aloha': (3, 25, 14, 14, 'bounds', 'unchanged', (0,), 256),
+    'bridge_widowx': (1, 5, 7, 7, 'bounds_q99', 'unchanged', (0,), 0),
+    'flexiv_rizon4': (3, 25, 7, 8, 'bounds_q99', 'unchanged', (0,), 0),
+}
 
 
-def test_info_of_a_broken_folder_goes_on(tmp_path, capsys):
-    folder = assemble(tmp_path / 'broken', f'diffusion/{HEAD}', PROPRIO)
-    (folder / 'dataset_statistics.json').write_text('{')
-    assert main(['info', str(folder)]) == 1
-    out = capsys.readouterr().out
-    assert 'dataset_statistics.json' in out
-    assert 'noisy_action_projector' in out
-    assert 'diffusion' in out
+@pytest.mark.parametrize('name', SHIPPED)
+def test_shipped_robots_have_the_constants_of_their_training(name):
+    robot = load_config([f'robots/{name}'], {}).robot
+    got = (
+        len(robot.camera_names), robot.horizon, len(robot.action_names), len(robot.joint_names),
+        robot.normalization, robot.gripper, robot.camera_rotations, robot.source_size,
+    )  # fmt: skip
+    assert got == SHIPPED[name]
 
 
-def test_verify(folder, capsys):
-    assert main(['verify', str(folder), '--golden', str(FOLDER)]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert sum('hidden_after_layer' in line for line in lines) == 6
-    assert 'all within tolerance' in lines[-1]
-    weights = own_weights(folder)
-    weights['projector.fc1.weight'][0] += 1
-    save_file(weights, folder / MODEL)
-    assert main(['verify', str(folder), '--golden', str(FOLDER)]) == 1
-    out = capsys.readouterr().out
-    assert 'OFF' in next(line for line in out.splitlines() if 'projected_patches' in line)
-    assert 'OFF' not in next(line for line in out.splitlines() if 'vit_dino_view0' in line)
+@pytest.fixture(scope='module')
+def as_configured(tmp_path_factory):
+    """(crop side, picture as the model sees it) of a configuration; loads the model."""
+    folder = assemble(tmp_path_factory.mktemp('settings') / 'libero', HEAD, PROPRIO)
+    coarse = np.random.default_rng(0).integers(0, 256, (30, 40, 3), np.uint8)
+    picture = coarse.repeat(20, axis=0).repeat(20, axis=1)
+
+    def preprocess(source_size: int = 0, **model) -> tuple[float, np.ndarray]:
+        config = configuration(folder, **model)
+        robot = dataclasses.replace(config.robot, source_size=source_size)
+        config = dataclasses.replace(config, robot=robot)
+        model = load(config, torch.device('cpu'), StoredPrompt(inputs()['input_ids']))
+        return model.info.crop_side, model.preprocess([picture])[0].numpy()
+
+    return preprocess
 
 
-def test_verify_without_vectors(folder, tmp_path, capsys):
-    assert main(['verify', str(folder), '--golden', str(tmp_path)]) == 2
-    assert 'inputs.npz' in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ('setting', 'crop_side'),
+    [
+        ({'center_crop': False}, 1.0),
+        ({'source_size': 256}, 0.9**0.5),
+        ({'preprocessing': 'fast'}, 0.9**0.5),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else '',
+)
+def test_settings_reach_the_preprocessor(as_configured, setting, crop_side):
+    usual_side, usual = as_configured()
+    side, picture = as_configured(**setting)
+    assert usual_side == pytest.approx(0.9**0.5)
+    assert side == pytest.approx(crop_side)
+    assert picture.shape == usual.shape
+    assert (picture != usual).any()
+
+
+def test_automatic_preprocessing_of_a_checkpoint_is_exact(as_configured):
+    np.testing.assert_array_equal(as_configured()[1], as_configured(preprocessing='exact')[1])
+
+
+def test_seed_decides_the_diffusion_noise(tmp_path):
+    folder = assemble(tmp_path / 'diffusion', DIFFUSION_HEAD, NOISY, PROPRIO)
+    first, again, other = (
+        load_golden(folder, inputs()['input_ids'], seed=seed).parts.action_head.noise
+        for seed in (3, 3, 4)
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_ids_that_are_no_action_tokens_clip(tmp_path):
+    """256 ids end the text vocabulary; they stand for 255 bins, from high to low values."""
+    model = load_golden(assemble(tmp_path / 'discrete'), inputs()['input_ids'])
+    config = json.loads((FOLDER / 'config.json').read_text())
+    end = config['text_config']['vocab_size'] - config['pad_to_multiple_of']
+    ids = torch.tensor([0, end - 257, end - 256, end - 255, end - 254])
+    values = model.parts.action_head.tokens(ids).tolist()
+    top = 254 / 255
+    assert values == pytest.approx([top, top, top, top, top - 2 / 255])
+    ids = torch.tensor([end - 2, end - 1, end, end + 63])
+    values = model.parts.action_head.tokens(ids).tolist()
+    assert values == pytest.approx([2 / 255 - top, -top, -top, -top])
 
 
 # What can be wrong with a folder: each is found at configure time, and named --------------------
@@ -240,7 +342,8 @@ def fault_wrong_shape(folder):
     weights = own_weights(folder)
     weights['projector.fc2.weight'] = weights['projector.fc2.weight'][:5].clone()
     save_file(weights, folder / MODEL)
-    return r'projector\.fc2\.weight.*\(5, ', {}
+    expected = tuple(load_file(FOLDER / MODEL)['projector.fc2.weight'].shape)
+    return rf'projector\.fc2\.weight.*\(5, .*{re.escape(str(expected))}', {}
 
 
 def fault_nan_weights(folder):
@@ -259,18 +362,20 @@ def fault_no_statistics(folder):
 def fault_statistics_of_another_robot(folder):
     path = folder / 'dataset_statistics.json'
     statistics = json.loads(path.read_text())
-    statistics['libero_spatial_no_noops']['action']['q99'] = [1.0] * 14
+    bounds = statistics[unnorm_key()]['action']
+    bounds['q99'] = 2 * bounds['q99']
     path.write_text(json.dumps(statistics))
-    return 'libero_spatial_no_noops.*action', {}
+    return f'{unnorm_key()}.*action', {}
 
 
 def fault_unknown_statistics_key(folder):
-    return r'model\.unnorm_key.*libero_spatial_no_noops', {'unnorm_key': 'bridge_orig'}
+    return rf'model\.unnorm_key.*{unnorm_key()}', {'unnorm_key': 'no_such_dataset'}
 
 
 def fault_two_action_heads(folder):
-    shutil.copy(FOLDER / HEAD, folder / 'action_head--5000_checkpoint.pt')
-    return 'action_head--5000_checkpoint.pt', {}
+    other = HEAD.replace('--', '--1')
+    shutil.copy(FOLDER / HEAD, folder / other)
+    return other, {}
 
 
 class Payload:

@@ -7,6 +7,7 @@ weights are random. Names and shapes are those of the code that writes `action_d
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 from functools import lru_cache
 
@@ -15,7 +16,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from openvla_world import HEAD, PROPRIO, assemble, configuration, inputs
+from openvla_world import FILM, FOLDER, HEAD, PROPRIO, assemble, configuration, inputs
+from test_tokenizer import llama_json
 
 from specprune_ros import models
 from specprune_ros.cli import main
@@ -33,15 +35,22 @@ from specprune_ros.token_layout import Span, TokenLayout
 from specprune_ros.types import ExecutedAction, Observation
 from specprune_ros.verify import StoredPrompt
 
-HORIZON, PATCHES, TINY = 12, 256, 32
+HORIZON, PATCHES = 12, 256
 DECODER = 'action_decoder.pt'
-FILM = 'film/vision_backbone--150000_checkpoint.pt'
 POOLS = ('latent_action_pool', 'visual_pool')
 TOLERANCE = 1e-5
 CPU = torch.device('cpu')
 
 
-def shapes(features: int = TINY, horizon: int = HORIZON) -> dict[str, tuple[int, ...]]:
+def tiny() -> int:
+    """Width of the reference's language model; skips the test without the reference."""
+    path = FOLDER / 'config.json'
+    if not path.exists():
+        pytest.skip(f'reference vectors {path} are not there')
+    return json.loads(path.read_text())['text_config']['hidden_size']
+
+
+def shapes(features: int, horizon: int = HORIZON) -> dict[str, tuple[int, ...]]:
     """Every key of action_decoder.pt and its shape."""
     pool = {
         'latents': (1, 512),
@@ -66,7 +75,7 @@ def shapes(features: int = TINY, horizon: int = HORIZON) -> dict[str, tuple[int,
 def random_weights(horizon: int) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     weights = {}
-    for key, shape in shapes(horizon=horizon).items():
+    for key, shape in shapes(tiny(), horizon).items():
         value = torch.randn(shape, generator=generator)
         if len(shape) == 2:
             value *= (3.0 if 'attn.q' in key or '.kv.' in key else 1.0) * shape[1] ** -0.5
@@ -228,7 +237,7 @@ def test_the_chunk_is_the_published_formulas(model, reference):
     got = actions(model, PruneRun(None))
     assert got.shape == (HORIZON, 7)
     assert np.abs(got - reference[1]).max() <= TOLERANCE
-    assert 0.2 < np.abs(got).mean() < 0.8, 'neither linear nor saturated'
+    assert 0.1 < np.abs(got).mean() < 0.9, 'neither linear nor saturated'
 
 
 MISTAKES = {
@@ -444,9 +453,11 @@ def fault_wrapped(folder):
 
 def fault_other_width(folder):
     weights = decoder_weights()
-    weights['visual_pool.projection.weight'] = torch.zeros(512, 48)
+    width = tiny()
+    weights['visual_pool.projection.weight'] = torch.zeros(512, width + 16)
     write(folder, weights)
-    return CheckpointError, r'visual_pool\.projection\.weight.*\(512, 48\).*\(512, 32\)', {}
+    told = rf'visual_pool\.projection\.weight.*\(512, {width + 16}\).*\(512, {width}\)'
+    return CheckpointError, told, {}
 
 
 def fault_rows_that_are_no_actions(folder):
@@ -518,7 +529,7 @@ def test_files_of_openvla_oft_are_refused(make_folder, file):
 
 @pytest.mark.golden
 def test_info(own, capsys):
-    (own / 'tokenizer.json').touch()
+    (own / 'tokenizer.json').write_text(json.dumps(llama_json()), encoding='utf-8')
     assert main(['info', str(own)]) == 0
     out = capsys.readouterr().out
     for told in ('UniVLA (', 'latent', '7 action elements', 'exactly 1', '12 steps', 'univla '):

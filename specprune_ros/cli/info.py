@@ -1,6 +1,7 @@
-"""Say what a checkpoint folder holds, what is missing, and how to launch it.
+"""Say what a checkpoint folder holds, what is missing or broken, and how to launch it.
 
-Reads headers and small files only.
+Reads headers and small files only; the node refuses nothing that is found right here, but weights
+that hold NaN or do not fit the device.
 """
 
 from __future__ import annotations
@@ -8,9 +9,12 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from specprune_ros.config import PolicyConfig, RobotConfig
+from specprune_ros.config_files import load_config
 from specprune_ros.errors import SpecPruneError
 
 if TYPE_CHECKING:
@@ -23,10 +27,30 @@ HEADS = {
     'discrete': 'no file: discrete tokens, of plain OpenVLA (launch it with model:=openvla) or of '
     'OpenVLA-OFT (model:=openvla_oft); nothing in the files tells which',
 }
+PARALLEL = 'no file: discrete tokens in one pass'
 OWN_ROBOT = '/path/to/my_robot.yaml'
-# (does the action's width and dataset name look like it) -> robot file to start from
-ROBOTS = (('aloha', 14), ('bridge', 7), ('libero', 7))
-ROBOT_FILES = {'aloha': 'aloha', 'bridge': 'bridge_widowx', 'libero': 'libero_franka'}
+# (word in a dataset's name, action elements) -> robot files to start from, for models of several
+# cameras and for those of one
+ROBOTS = {
+    ('aloha', 14): ('aloha', None),
+    ('bridge', 7): ('bridge_widowx', None),
+    ('libero', 7): ('libero_franka', 'libero_franka_1cam'),
+}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One way to launch the folder.
+
+    Attributes:
+        config: under which its files are checked: the robot file's, with what it needs put in.
+        robot: the robot file, shipped or OWN_ROBOT.
+        needs: what OWN_ROBOT must be; empty for a shipped one.
+    """
+
+    config: PolicyConfig
+    robot: str
+    needs: str = ''
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,19 +75,26 @@ def run(arguments: argparse.Namespace) -> int:
             problems.append(str(error))
             text = 'broken, see below'
         print(f'{label + ":":<16}{text}')
-    problems += missing(folder)
-    print('missing:' if problems else 'missing:        nothing')
+    launches = ways_to_launch(folder)
+    problems += missing(folder, launches)
+    print('missing/broken:' if problems else 'missing/broken: nothing')
     for problem in dict.fromkeys(problems):
         print(f'  - {problem}')
-    for line in launch_lines(folder):
-        print(f'launch:         {line}')
+    for launch in launches:
+        print(f'launch:         {launch_line(launch)}')
+        if launch.needs:
+            print(f'{"":<16}{Path(OWN_ROBOT).name}: {launch.needs}')
     return 1 if problems else 0
 
 
 def models(folder: Folder) -> list[str]:
     """Which models the folder may be, keys of VARIANTS; nothing in it tells some apart."""
-    by_head = {'latent': ['univla'], 'discrete': ['openvla', 'openvla_oft']}
-    return by_head.get(folder.head, ['openvla_oft'])
+    from specprune_ros.models.openvla_folder import VARIANTS
+
+    if folder.head == 'latent':
+        return ['univla']
+    parts = [name for name in VARIANTS['openvla_oft'].files if folder.component(name)]
+    return ['openvla_oft'] if parts else ['openvla', 'openvla_oft']
 
 
 def architecture(folder: Folder) -> str:
@@ -94,7 +125,9 @@ def size(folder: Folder) -> str:
 def head(folder: Folder) -> str:
     """Kind of action head and its width."""
     width = folder.action_dim
-    return HEADS[folder.head] + (f', {width} action elements' if width else '')
+    is_parallel = folder.head == 'discrete' and models(folder) == ['openvla_oft']
+    text = PARALLEL if is_parallel else HEADS[folder.head]
+    return text + (f', {width} action elements' if width else '')
 
 
 def proprio(folder: Folder) -> str:
@@ -108,7 +141,7 @@ def cameras(folder: Folder) -> str:
     pixels = folder.towers[0].image_size
     if folder.head == 'latent':
         return f'exactly 1, {pixels} x {pixels}'
-    most = 'exactly 1 as plain OpenVLA, ' if folder.head == 'discrete' else ''
+    most = 'exactly 1 as plain OpenVLA, ' if 'openvla' in models(folder) else ''
     return (
         f'{most}1 to 4, {pixels} x {pixels}; the files do not say how many: give the robot file '
         'as many as the training had, in its order'
@@ -119,7 +152,7 @@ def chunk(folder: Folder) -> str:
     """What can be said of the chunk length."""
     if folder.horizon is not None:
         return f'{folder.horizon} steps, which robot.horizon must be'
-    single = '1 step as plain OpenVLA, else ' if folder.head == 'discrete' else ''
+    single = '1 step as plain OpenVLA, else ' if 'openvla' in models(folder) else ''
     return f'{single}not in the files: robot.horizon must be what the training had'
 
 
@@ -139,43 +172,129 @@ DESCRIPTIONS: dict[str, Callable[[Folder], str]] = {
 }
 
 
-def missing(folder: Folder) -> list[str]:
-    """What the folder lacks to run."""
+def missing(folder: Folder, launches: list[Launch]) -> list[str]:
+    """What the folder lacks to run, or why it would not load."""
+    from specprune_ros.models.openvla_checkpoint import check
+
     lacks = []
+    for launch in launches:
+        try:
+            check(launch.config)
+        except SpecPruneError as error:
+            lacks.append(str(error))
     if not any((folder.path / name).is_file() for name in ('tokenizer.json', 'tokenizer.model')):
+        lacks = [text for text in lacks if 'tokenizer.json' not in text]
         lacks.append('tokenizer.json (or tokenizer.model)')
-    try:
-        if folder.head == 'diffusion' and folder.noisy_action_projector is None:
-            lacks.append('noisy_action_projector--*_checkpoint.pt, which a diffusion head needs')
-    except SpecPruneError:
-        pass  # a broken head is reported where it is described
     return lacks
 
 
-def launch_lines(folder: Folder) -> list[str]:
-    """A command for each model that the folder may be, with the robot file that fits best."""
+def ways_to_launch(folder: Folder) -> list[Launch]:
+    """One for each model that the folder may be; none where its files do not even tell that."""
     try:
-        names = list(folder.checkpoint.statistics())
+        return [way_to_launch(folder, model) for model in models(folder)]
     except SpecPruneError:
-        names = []
-    try:
-        candidates, width = models(folder), folder.action_dim
-    except SpecPruneError:
-        candidates, width = ['openvla_oft'], None
-    key = f' unnorm_key:={names[0]}' if len(names) > 1 else ''
-    return [
-        f'ros2 launch specprune_ros vla.launch.py model:={model} '
-        f'checkpoint:={folder.path.resolve()} robot:={robot_file(model, names, width)}{key}'
-        for model in candidates
-    ]
+        return []  # reported where it is described
 
 
-def robot_file(model: str, datasets: list[str], width: int | None) -> str:
-    """The shipped robot file that fits best; all of them are made for OpenVLA-OFT."""
-    if model != 'openvla_oft':
-        return OWN_ROBOT
-    robot = OWN_ROBOT
-    for word, needed in ROBOTS:
-        if any(word in name for name in datasets) and width in (None, needed):
-            robot = ROBOT_FILES[word]
-    return robot
+def way_to_launch(folder: Folder, model: str) -> Launch:
+    """With the shipped robot file that fits, else with one of the user's own.
+
+    Raises:
+        CheckpointError: a component of the folder is broken.
+    """
+    names = dataset_names(folder)
+    key = names[0] if len(names) > 1 else ''
+    sizes = needed_sizes(folder, model)
+    name = robot_file(model, names[:1], sizes.get('action_names'))
+    files = ([f'robots/{name}'] if name else []) + [f'models/{model}']
+    values = {'model.checkpoint': str(folder.path.resolve()), 'model.unnorm_key': key}
+    config = load_config(files, values)
+    changes = {
+        field: size for field, size in sizes.items() if size_of(config.robot, field) != size
+    }
+    fitting = replace(config, robot=with_sizes(config.robot, changes))
+    if name and not changes:
+        return Launch(fitting, name)
+    start = f'a copy of {name} with ' if name else 'needs '
+    told = changes if name else sizes
+    return Launch(fitting, OWN_ROBOT, start + ', '.join(map(shown_size, told, told.values())))
+
+
+def needed_sizes(folder: Folder, model: str) -> dict[str, int]:
+    """What a robot file must have, as far as folder and model tie it down.
+
+    Returns:
+        horizon, and how many names other fields of RobotConfig must hold.
+    """
+    from specprune_ros.models.openvla_folder import VARIANTS
+
+    variant = VARIANTS[model]
+    sizes = {
+        'camera_names': 1 if variant.cameras == 1 else None,
+        'joint_names': folder.proprio_dim or 0,
+        'action_names': action_width(folder),
+        'horizon': variant.horizon or folder.horizon,
+    }
+    return {field: size for field, size in sizes.items() if size is not None}
+
+
+def size_of(robot: RobotConfig, field: str) -> int:
+    """A field's number, or how many names it holds."""
+    value = getattr(robot, field)
+    return len(value) if isinstance(value, tuple) else value
+
+
+def with_sizes(robot: RobotConfig, sizes: dict[str, int]) -> RobotConfig:
+    """The robot with made-up names, as many as asked for, to check all else by."""
+    values = {
+        field: tuple(f'{field}_{index}' for index in range(size)) if field != 'horizon' else size
+        for field, size in sizes.items()
+    }
+    return replace(robot, **values)
+
+
+def shown_size(field: str, size: int) -> str:
+    """What a robot file must say."""
+    if field == 'horizon':
+        return f'robot.horizon: {size}'
+    return f'robot.{field}: ' + (f'{size} name{"s" * (size > 1)}' if size else "['']")
+
+
+def dataset_names(folder: Folder) -> list[str]:
+    """Of the statistics; empty where they are missing or broken."""
+    try:
+        return list(folder.checkpoint.statistics())
+    except SpecPruneError:
+        return []
+
+
+def action_width(folder: Folder) -> int | None:
+    """A by the action head, else by the statistics; None where neither tells."""
+    if folder.action_dim is not None:
+        return folder.action_dim
+    names = dataset_names(folder)
+    try:
+        return len(folder.bounds('action', 'bounds_q99', names[0]).mask) if names else None
+    except SpecPruneError:
+        return None
+
+
+def robot_file(model: str, datasets: list[str], width: int | None) -> str | None:
+    """The shipped robot file that comes nearest; None where none was made for such a dataset."""
+    from specprune_ros.models.openvla_folder import VARIANTS
+
+    single = VARIANTS[model].cameras == 1
+    for (word, needed), files in ROBOTS.items():
+        if width in (None, needed) and any(word in name for name in datasets):
+            return files[single]
+    return None
+
+
+def launch_line(launch: Launch) -> str:
+    """The command."""
+    model = launch.config.model
+    key = f' unnorm_key:={model.unnorm_key}' if model.unnorm_key else ''
+    return (
+        f'ros2 launch specprune_ros vla.launch.py model:={model.name} '
+        f'checkpoint:={model.checkpoint} robot:={launch.robot}{key}'
+    )

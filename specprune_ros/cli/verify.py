@@ -1,6 +1,8 @@
 """Compare a checkpoint with stored outputs of its reference implementation, tensor by tensor.
 
-The golden folder holds inputs.npz (images_uint8, input_ids, proprio_raw) and outputs.npz.
+The golden folder holds inputs.npz (images_uint8, input_ids, proprio_raw) and outputs.npz; or it is
+one inside of such a folder, with outputs.npz alone (FiLM, diffusion) or io.npz (ALOHA). The model
+is loaded as float32 unless --set model.dtype says otherwise.
 """
 
 from __future__ import annotations
@@ -8,8 +10,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from specprune_ros.cli.options import add_config_arguments, config_from
+from specprune_ros.errors import ConfigError
+
+if TYPE_CHECKING:
+    from specprune_ros.verify import TensorError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,26 +35,49 @@ def run(arguments: argparse.Namespace) -> int:
     Returns:
         0; 1 when a tensor is off by more than its tolerance.
     """
-    from specprune_ros.errors import ConfigError
     from specprune_ros.models import pick_device
     from specprune_ros.models.openvla_checkpoint import load
-    from specprune_ros.verify import StoredPrompt, compare, read_vectors
+    from specprune_ros.verify import (
+        StoredPrompt,
+        compare,
+        for_reference,
+        read_vectors,
+        without_tf32,
+    )
 
     inputs, outputs = read_vectors(arguments.golden)
     if 'input_ids' not in inputs:
-        raise ConfigError('--golden', str(arguments.golden), 'inputs.npz lacks input_ids')
-    config = config_from(arguments)
+        raise ConfigError('--golden', str(arguments.golden), 'the inputs lack input_ids')
+    given = {text.partition('=')[0].strip() for text in arguments.set}
+    config = for_reference(config_from(arguments), outputs, given)
     model = dataclasses.replace(config.model, checkpoint=str(arguments.folder))
     config = dataclasses.replace(config, model=model)
-    loaded = load(config, pick_device(config.model.device), StoredPrompt(inputs['input_ids']))
-    print(f'{loaded.info.name}, {loaded.info.parameters / 1e6:.1f} M parameters')
-    print(f'{"tensor":<34}{"largest error":>14}{"mean error":>12}{"tolerance":>11}')
+    with without_tf32():
+        loaded = load(config, pick_device(model.device), StoredPrompt(inputs['input_ids']))
+        errors = list(compare(loaded, config.robot, inputs, outputs))
+    print(f'{loaded.info.name}, {loaded.info.parameters / 1e6:.1f} M parameters, {model.dtype}')
+    return show(errors, sorted(set(outputs) - {error.name for error in errors}))
+
+
+def show(errors: list[TensorError], passed_over: list[str]) -> int:
+    """Print what was compared and what was not.
+
+    Returns:
+        0; 1 when a tensor is off.
+    """
+    print(f'{"tensor":<38}{"largest error":>14}{"mean error":>12}{"tolerance":>11}')
     failed = 0
-    for error in compare(loaded, config.robot, inputs, outputs):
+    for error in errors:
         failed += not error.within
-        mark = '' if error.within else '  OFF'
+        mark = '' if error.within else f'  OFF {error.note}'.rstrip()
         print(
-            f'{error.name:<34}{error.worst:>14.2e}{error.mean:>12.2e}{error.tolerance:>11.0e}{mark}'
+            f'{error.name:<38}{error.worst:>14.2e}{error.mean:>12.2e}{error.tolerance:>11.0e}{mark}'
         )
-    print(f'{failed} tensors off' if failed else 'all within tolerance (float32)')
+    print(f'passed over: {", ".join(passed_over) or "nothing"}')
+    count = len(errors)
+    print(
+        f'{failed} of {count} tensors off'
+        if failed
+        else f'all within tolerance (float32): {count} tensors'
+    )
     return 1 if failed else 0

@@ -258,6 +258,20 @@ def load_weights(
         _assign(module, name, buffer.to(device))
 
 
+def check_weights(module: nn.Module, weights: Weights, unused: tuple[str, ...] = ()) -> None:
+    """Compare keys and shapes as `load_weights` does before it reads any data.
+
+    Args:
+        module: may be on the meta device; stays as it is.
+        weights, unused: as for `load_weights`.
+
+    Raises:
+        CheckpointError: keys are missing or unexpected, or shapes differ.
+    """
+    shapes = {name: tuple(target.shape) for name, target in module.state_dict().items()}
+    _check_fit(shapes, weights, unused)
+
+
 def read_finite(weight: Weight) -> Tensor:
     """Read a tensor.
 

@@ -16,7 +16,13 @@ from torch import nn
 from specprune_ros.config import PolicyConfig, RobotConfig
 from specprune_ros.errors import CheckpointError, ConfigError
 from specprune_ros.models.base import ActionHead, ModelInfo
-from specprune_ros.models.checkpoint import Checkpoint, Weights, load_weights, open_weights
+from specprune_ros.models.checkpoint import (
+    Checkpoint,
+    Weights,
+    check_weights,
+    load_weights,
+    open_weights,
+)
 from specprune_ros.models.heads.diffusion import DiffusionHead, NoisyActionProjector
 from specprune_ros.models.heads.l1 import L1RegressionHead
 from specprune_ros.models.heads.latent import (
@@ -386,3 +392,38 @@ class _Builder:
             projector = ProprioProjector(self.folder.proprio_dim, self.folder.width)
         self._fill(projector, weights)
         return projector
+
+
+def check(config: PolicyConfig) -> None:
+    """Find what `load` would refuse, from headers and small files: all but the values of weights.
+
+    Args:
+        config: `model.checkpoint` is the folder, `model.name` one of VARIANTS.
+
+    Raises:
+        ConfigError, CheckpointError, MissingDependencyError: as `load`.
+    """
+    folder = Folder.open(config.model.checkpoint)
+    checker = _Checker(folder, config, torch.device('meta'))
+    checker.check_fit()
+    checker.check_weights()
+    LlamaTokenizer(folder.path, max_tokens=checker.prompt_room)
+
+
+class _Checker(_Builder):
+    """Builds all modules on the meta device and compares them with the headers."""
+
+    def check_weights(self) -> None:
+        """Raise CheckpointError where keys or shapes differ."""
+        skeleton = self._skeleton()
+        self._action_head(skeleton.language_model)
+        self._proprio_projector()
+
+    def _fill(
+        self,
+        module: nn.Module,
+        weights: Weights,
+        unused: tuple[str, ...] = (),
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        check_weights(module, weights, unused)
