@@ -5,6 +5,7 @@ Works without ROS: from a script, a simulator, a server, or `ros/vla_node.py`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -27,7 +28,7 @@ from specprune_ros.models.base import Prompt, VLAModel
 from specprune_ros.models.decoder import QueryDecoder
 from specprune_ros.pruning import make_method
 from specprune_ros.pruning.base import PruneMethod, PruneRun, PruneTrace, QueryContext
-from specprune_ros.pruning.guard import after_check, checks_now
+from specprune_ros.pruning.guard import GuardState, after_check, checks_now
 from specprune_ros.pruning.motion import motion_of
 from specprune_ros.pruning.scores import patch_similarity
 from specprune_ros.report import NAN, View, make_report
@@ -45,11 +46,22 @@ from specprune_ros.types import (
 
 @dataclass(frozen=True, eq=False)
 class _Outcome:
-    """[L, A] normalised actions, what pruning did, why it did not, and the guard's comparison."""
+    """What one query did; the episode takes it over once its action is known to be good.
+
+    Attributes:
+        actions: [L, A] normalised.
+        trace: what pruning did.
+        fallback: why it ran dense, or empty.
+        memory: for the next query; None leaves the last one.
+        guard: the guard's state from here on; None leaves it.
+        disagreement: of pruned and dense actions, where compared.
+    """
 
     actions: Tensor
     trace: PruneTrace
     fallback: str = ''
+    memory: object | None = None
+    guard: GuardState | None = None
     disagreement: float = NAN
 
 
@@ -109,6 +121,7 @@ class Policy:
             ConfigError: unknown method; nothing changes.
         """
         method = make_method(pruning)
+        self._check_direction(pruning)
         if method.name != self._method.name:
             self._episode.memory = None
         self._method = method
@@ -180,7 +193,9 @@ class Policy:
             episode.fine,
             self._method.next_fine(episode.fine, episode.motion),
         )
-        return self.config.pruning.replan_on_fine and episode.fine and not was_fine
+        pruning = self.config.pruning
+        turned_fine = episode.fine and not was_fine
+        return pruning.replan_on_fine and pruning.controller and turned_fine
 
     def infer(self, observation: Observation) -> PolicyResult:
         """One query.
@@ -222,6 +237,7 @@ class Policy:
             clock.lap('act')
         self.last_laps_s = clock.laps()
         chunk = self._chunk(observation, normalized)
+        self._take_over(outcome)
         report = make_report(
             chunk=chunk,
             layout=prompt.layout,
@@ -243,7 +259,9 @@ class Policy:
         episode = self._episode
         other_task = episode.instruction not in (None, observation.instruction)
         if other_task or self._time_jumped(observation):
+            sizes = episode.sizes
             self.reset()
+            self._episode.sizes = sizes  # of this very observation
         elif episode.query and episode.step == episode.step_of_query:
             # Nobody reports executed actions: count the control steps that time has room for.
             period_ns = 1e9 * self.config.robot.step_dt_s
@@ -273,14 +291,13 @@ class Policy:
         episode = self._episode
         displacement = float(np.linalg.norm(episode.displacement))
         wanted = self._method.reference_age(displacement, episode.frames.reach(episode.step))
-        frame = episode.frames.find(episode.step, wanted)
         raw: list[np.ndarray] = []
-        if frame is not None and frame.pixels is None:
+        while (frame := episode.frames.find(episode.step, wanted)) and frame.pixels is None:
             try:
                 raw = self._upright(frame.images)
+                break
             except ObservationError:
-                episode.frames.forget(frame)
-                frame = None
+                episode.frames.forget(frame)  # another one serves
         pixels = self.model.preprocess([*images, *raw])
         current, older = pixels[: len(images)], iter(pixels[len(images) :])
         if frame is not None and frame.pixels is None:
@@ -319,16 +336,24 @@ class Policy:
             clock.lap('trace')
         except Exception as error:  # whatever fails in pruning costs speed, never the action
             return self._dense(prompt, context, clock, f'{type(error).__name__}: {error}')
-        self._episode.memory = memory
-        if trace.recall is not None:
-            self._episode.recalls.append(trace.recall.cpu().double().numpy())
         if not check or trace.mode == Mode.DENSE:
-            return _Outcome(actions, trace)
+            return _Outcome(actions, trace, memory=memory)
         dense = self._decode_and_act(prompt, PruneRun(context), clock)
         disagreement = float((actions - dense).abs().mean())
-        recall = NAN if trace.recall is None else float(trace.recall.min())
-        self._episode.guard = after_check(guard, pruning, disagreement=disagreement, recall=recall)
-        return _Outcome(dense, trace, disagreement=disagreement)
+        recalls = [] if trace.recall is None else trace.recall.cpu().tolist()
+        recall = min((value for value in recalls if math.isfinite(value)), default=NAN)
+        state = after_check(guard, pruning, disagreement=disagreement, recall=recall)
+        return _Outcome(dense, trace, memory=memory, guard=state, disagreement=disagreement)
+
+    def _take_over(self, outcome: _Outcome) -> None:
+        """Keep what a good query leaves to the next."""
+        episode, recall = self._episode, outcome.trace.recall
+        if outcome.memory is not None:
+            episode.memory = outcome.memory
+        if outcome.guard is not None:
+            episode.guard = outcome.guard
+        if recall is not None:
+            episode.recalls.append(recall.cpu().double().numpy())
 
     def _dense(
         self, prompt: Prompt, context: QueryContext, clock: StageClock, why: str
@@ -384,6 +409,15 @@ class Policy:
                 raise ConfigError(
                     f'robot.{name}', getattr(robot, name), f'{info.name} needs {needed}'
                 )
+        self._check_direction(self.config.pruning)
+
+    def _check_direction(self, pruning: PruneConfig) -> None:
+        if self.model.decoder.causal and pruning.score_direction == 'image_to_text':
+            raise ConfigError(
+                'pruning.score_direction',
+                pruning.score_direction,
+                'in a causal model the image comes first and attends to no text',
+            )
 
     def _checked_images(self, observation: Observation) -> list[np.ndarray]:
         """All cameras' RGB images, in model order, after every check of the observation."""

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from specprune_ros.config import PruneConfig
-from specprune_ros.errors import ConfigError
+from specprune_ros.errors import ActionError, ConfigError, ObservationError
+from specprune_ros.images import CompressedImage
 from specprune_ros.pruning.base import QueryContext
 from specprune_ros.pruning.specprune import Memory, SpecPrune
 from specprune_ros.token_layout import Span, TokenLayout
@@ -235,3 +236,54 @@ def test_important_patches_are_those_that_the_next_query_keeps_as_global(policy)
     wanted = before.important.astype(bool)
     assert wanted.any()
     np.testing.assert_array_equal(after.reason & Reason.GLOBAL > 0, wanted)
+
+
+def test_a_query_without_a_finite_action_leaves_no_trace(policy, monkeypatch):
+    """Bug: the NaN confidence of a failed first query ruled the rest of the episode."""
+    policy.set_pruning(PruneConfig())
+    act = policy.model.act
+    monkeypatch.setattr(policy.model, 'act', lambda *given: act(*given) * torch.nan)
+    with pytest.raises(ActionError):
+        policy.infer(make_observation(0))
+    monkeypatch.setattr(policy.model, 'act', act)
+    assert policy.infer(make_observation(8)).report.mode == Mode.DENSE
+
+
+def test_no_camera_that_returned_loses_patches_later(policy):
+    """Bug: later layers pruned the camera that static pruning had spared."""
+    policy.infer(make_observation(0))
+    execute(policy, 0, cameras=('wrist',))
+    report = policy.infer(make_observation(8)).report
+    assert report.tokens_kept[1] == 256
+    assert report.tokens_kept[0] < report.tokens_static[0] < 256
+
+
+def test_another_frame_serves_where_one_does_not_decode(policy):
+    """Bug: one broken frame, and nothing counted as changed."""
+    policy.infer(make_observation(0))
+    broken = CompressedImage('cameras/wrist', 'jpeg', b'\xff\xd8 cut')
+    for step in range(STEPS):
+        images = dict(make_observation(step).images)
+        if step == 5:  # T is floor(7 - 7.2) + 4 = 3 steps back
+            images['wrist'] = broken
+        policy.observe_executed(make_action(*FAST), images)
+    report = policy.infer(make_observation(8)).report
+    assert report.reference_age == 4
+    assert (report.reason & Reason.DYNAMIC).any()
+
+
+def test_a_camera_that_changed_size_with_the_task_is_refused_at_the_next_query(policy):
+    policy.infer(make_observation(0))
+    policy.infer(make_observation(8, instruction='another task'))
+    small = {name: image[:100] for name, image in make_observation(16).images.items()}
+    with pytest.raises(ObservationError, match='the size'):
+        policy.infer(make_observation(16, instruction='another task', images=small))
+
+
+def test_image_to_text_needs_a_model_whose_image_sees_the_text(policy):
+    object.__setattr__(policy.model.decoder, 'causal', True)
+    try:
+        with pytest.raises(ConfigError, match=r'pruning\.score_direction'):
+            policy.set_pruning(PruneConfig(score_direction='image_to_text'))
+    finally:
+        object.__setattr__(policy.model.decoder, 'causal', False)

@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from specprune_ros import __version__
-from specprune_ros.cli import ablate, bench, explain, info, replay, run, verify
+from specprune_ros.cli import ablate, bench, calibrate, explain, info, replay, run, verify
 from specprune_ros.errors import SpecPruneError
 from specprune_ros.loading import COMMANDS as INSTALL
 
@@ -16,6 +16,7 @@ COMMANDS = {
     'replay': replay,
     'bench': bench,
     'ablate': ablate,
+    'calibrate': calibrate,
     'info': info,
     'verify': verify,
 }

@@ -1,8 +1,7 @@
 """Watches what pruning does to the actions, and relaxes it before the robot shows it.
 
-Our own: no published method checks itself. Two signs are read: the recall of Eq. 1, at every
-query, and the disagreement of pruned and dense actions, at a rare query that is computed both
-ways.
+Our own: no published method checks itself. Two signs are read at a rare query that is computed
+both ways: the disagreement of pruned and dense actions, and the recall of Eq. 1.
 """
 
 from __future__ import annotations
@@ -31,8 +30,8 @@ class GuardState:
     why: str = ''
 
     def alpha(self, config: PruneConfig) -> float:
-        """The alpha to prune with."""
-        return config.alpha + self.extra
+        """The alpha to prune with; a live change of the configured one keeps the bound."""
+        return min(config.alpha + self.extra, max(config.alpha, config.guard_alpha))
 
 
 def checks_now(config: PruneConfig, query: int) -> bool:

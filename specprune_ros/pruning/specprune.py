@@ -233,8 +233,14 @@ class SpecPruneRun(PruneRun):
 
     def _select_dynamic(self, alive: Tensor) -> Tensor:
         """The floor(gamma n) best scores, as ascending visual_idx (section 5.2)."""
-        count = layer_keep_count(self._config.layer_keep_ratio, len(alive))
-        rows = self._ema.argsort(descending=True, stable=True)[:count].sort().values
+        score = self._ema
+        exempt = 0
+        for camera in self.context.unseen:  # all of a returned camera stays
+            seen = alive // self._shape[1] != camera
+            score = score.masked_fill(~seen, torch.inf)
+            exempt += self._shape[1]
+        count = exempt + layer_keep_count(self._config.layer_keep_ratio, len(alive) - exempt)
+        rows = score.argsort(descending=True, stable=True)[:count].sort().values
         self._ema = self._ema[rows]
         return alive[rows]
 
