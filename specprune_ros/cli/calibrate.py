@@ -9,13 +9,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from specprune_ros.cli.options import (
-    add_config_arguments,
-    add_recording_arguments,
-    at_least,
-    config_from,
-    recording_from,
-)
+from specprune_ros.cli.options import at_least, config_from, recording_from
+from specprune_ros.cli.queries import add_query_arguments
 from specprune_ros.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -26,12 +21,8 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    add_recording_arguments(parser)
-    add_config_arguments(parser)
+    add_query_arguments(parser)
     parser.add_argument('--out', type=Path, default=Path('out/calibrate'), help='output folder')
-    parser.add_argument(
-        '--every', type=int, default=0, help='control steps between queries; 0: the horizon'
-    )
     parser.add_argument(
         '--false-changes', type=float, default=0.01, metavar='SHARE',
         help='share of still patches that may count as changed (default 0.01)',

@@ -1,4 +1,4 @@
-"""A recording through a policy on a terminal: what `run` and `explain` share."""
+"""A recording through a policy on a terminal: what `run`, `explain` and `calibrate` share."""
 
 from __future__ import annotations
 
