@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import math
-import os
 from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,11 +23,13 @@ from specprune_ros.loading import COMMANDS
 from specprune_ros.models.resample import (
     CROP_AREA,
     CROP_SCALE,
+    available_cpus,
     bicubic_matrix,
     blocks,
     center_crop,
     contiguous,
     crop_matrix,
+    interleaved,
     lanczos3_spans,
     resample,
     resize_lanczos3,
@@ -142,7 +143,7 @@ class ExactPreprocessor(_Preprocessor):
                 raise MissingDependencyError(
                     package, "preprocessing 'exact'", COMMANDS[package], error
                 ) from error
-        self._pool = ThreadPoolExecutor(os.cpu_count(), 'preprocess')  # starts threads on demand
+        self._pool = ThreadPoolExecutor(available_cpus(), 'preprocess')  # starts threads on demand
 
     def __call__(self, images: Sequence[np.ndarray]) -> Tensor:
         """See Preprocessor."""
@@ -253,7 +254,7 @@ class FastPreprocessor(_Preprocessor):
         values = resample(image, *self._blocks(size))
         if not self._center_crop:
             np.rint(values, out=values)
-        return np.clip(values, 0, 255, out=values).astype(np.uint8)
+        return interleaved(np.clip(values, 0, 255, out=values).astype(np.uint8))
 
     def _unchanged(self, size: Size) -> bool:
         return size == self._size and not self._center_crop and not self._shrinks(size)
