@@ -144,7 +144,7 @@ fi
 
 # The workspace. Installed Python is links to this tree: only new or gone files need a build.
 built=$(
-  sha256sum CMakeLists.txt package.xml msg/* scripts/*_node
+  sha256sum CMakeLists.txt package.xml action/* msg/* srv/* scripts/*_node scripts/*_streamer
   find specprune_ros launch config -name __pycache__ -prune -o -type f -print | sort
 )
 if [ "$(cat .ws/stamp 2>/dev/null)" != "$built" ]; then
@@ -156,7 +156,7 @@ if [ "$(cat .ws/stamp 2>/dev/null)" != "$built" ]; then
   # CMake refuses NumPy's headers in .venv when that lies below the source folder; so the source
   # folder is one of links.
   mkdir -p .ws/src/specprune_ros
-  for name in CMakeLists.txt package.xml config launch msg scripts specprune_ros; do
+  for name in CMakeLists.txt package.xml action config launch msg scripts specprune_ros srv; do
     ln -sfn "$root/$name" .ws/src/specprune_ros/
   done
   : >"$log"

@@ -408,7 +408,12 @@ class PolicyConfig:
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
 
 
-AXES = typing.get_type_hints(PolicyConfig)
+def axes_of(kind: type) -> dict[str, type]:
+    """Axis name -> its dataclass, of PolicyConfig or another node's configuration."""
+    return typing.get_type_hints(kind)
+
+
+AXES = axes_of(PolicyConfig)
 
 
 def check_fields(axis: str, config: object) -> None:

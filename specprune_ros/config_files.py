@@ -12,39 +12,45 @@ import os
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import yaml
 
-from specprune_ros.config import AXES, PolicyConfig
+from specprune_ros.config import PolicyConfig, axes_of
 from specprune_ros.errors import ConfigError
+from specprune_ros.streaming.config import StreamerConfig
+
+Config = TypeVar('Config', PolicyConfig, StreamerConfig)
 
 
-def from_mapping(values: Mapping[str, object], base: PolicyConfig | None = None) -> PolicyConfig:
-    """Build the configuration from flat names such as `pruning.alpha`.
+def from_mapping(values: Mapping[str, object], base: Config | None = None) -> Config:
+    """Build a configuration from flat names such as `pruning.alpha`.
 
     Args:
         values: parameter name -> value; lists become tuples, and the empty strings in them go
             (a ROS parameter file cannot hold an empty list, `['']` stands for it).
-        base: what holds for parameters that `values` leaves out.
+        base: what holds for parameters that `values` leaves out; a default PolicyConfig if None.
 
     Raises:
         ConfigError: an unknown name (the message proposes the nearest one), or a bad value.
     """
-    base = base or PolicyConfig()
-    changes: dict[str, dict[str, object]] = {axis: {} for axis in AXES}
-    known = parameter_names()
+    base = PolicyConfig() if base is None else base
+    axes = axes_of(type(base))
+    changes: dict[str, dict[str, object]] = {axis: {} for axis in axes}
+    known = parameter_names(type(base))
     for name, value in values.items():
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f', did you mean {near[0]!r}?' if near else ''
             raise ConfigError(name, value, f'unknown parameter{hint}')
         axis, _, key = name.partition('.')
-        kind = AXES[axis].__dataclass_fields__[key].type
+        kind = axes[axis].__dataclass_fields__[key].type
         if isinstance(value, (list, tuple)):
             value = tuple(_plain(element, kind) for element in value if element != '')
         changes[axis][key] = _plain(value, kind)
-    axes = {name: dataclasses.replace(getattr(base, name), **changes[name]) for name in AXES}
-    return PolicyConfig(**axes)
+    return type(base)(
+        **{name: dataclasses.replace(getattr(base, name), **changes[name]) for name in axes}
+    )
 
 
 def _plain(value: object, kind: str) -> object:
@@ -52,21 +58,33 @@ def _plain(value: object, kind: str) -> object:
     return float(value) if 'float' in kind and type(value) is int else value
 
 
-def parameter_names() -> list[str]:
-    """All parameter names, `axis.field`."""
+def parameter_names(kind: type = PolicyConfig) -> list[str]:
+    """All parameter names of a node, `axis.field`."""
     return [
-        f'{axis}.{spec.name}' for axis, cls in AXES.items() for spec in dataclasses.fields(cls)
+        f'{axis}.{spec.name}'
+        for axis, cls in axes_of(kind).items()
+        for spec in dataclasses.fields(cls)
     ]
 
 
+def other_nodes_axes(kind: type) -> set[str]:
+    """Axes that only another node has: one parameter file serves all of them."""
+    everyones = {axis for other in (PolicyConfig, StreamerConfig) for axis in axes_of(other)}
+    return everyones - set(axes_of(kind))
+
+
 def load_config(
-    files: Iterable[str | Path] = (), overrides: Mapping[str, object] | None = None
-) -> PolicyConfig:
+    files: Iterable[str | Path] = (),
+    overrides: Mapping[str, object] | None = None,
+    base: Config | None = None,
+) -> Config:
     """Read parameter files, later ones first in rank, then apply overrides.
 
     Args:
-        files: paths, or `axis/name` of a file that ships in config/, e.g. `robots/libero_franka`.
+        files: paths, or `axis/name` of a file that ships in config/, e.g. `robots/libero_franka`;
+            what they say of another node's axes is passed over.
         overrides: flat names -> values.
+        base: as for `from_mapping`.
 
     Raises:
         ConfigError: a file is missing or malformed, a name unknown, a value bad.
@@ -74,8 +92,10 @@ def load_config(
     values: dict[str, object] = {}
     for name in files:
         values.update(read_parameter_file(find_config(name)))
-    values.update(overrides or {})
-    return from_mapping(values)
+    base = PolicyConfig() if base is None else base
+    others = other_nodes_axes(type(base))
+    values = {k: v for k, v in values.items() if k.partition('.')[0] not in others}
+    return from_mapping({**values, **(overrides or {})}, base)
 
 
 def read_parameter_file(path: Path) -> dict[str, object]:

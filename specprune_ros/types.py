@@ -44,6 +44,7 @@ class ActionSpace(IntEnum):
     JOINT_VELOCITY = 1
     EEF_DELTA_POSE = 2
     EEF_TWIST = 3
+    JOINT_DELTA = 4
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -84,6 +85,7 @@ class ExecutedAction:
     space: int = ActionSpace.EEF_DELTA_POSE
     frame_id: str = ''
     chunk_id: int = 0
+    epoch: int = 0
     step: int = 0
     step_dt_s: float = 0.0
     dry_run: bool = False

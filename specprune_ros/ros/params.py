@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-import typing
 
 from rcl_interfaces.msg import FloatingPointRange, IntegerRange, ParameterDescriptor
 from rclpy.exceptions import ParameterException
 from rclpy.node import Node
 from rclpy.parameter import Parameter
 
-from specprune_ros.config import AXES, PolicyConfig
-from specprune_ros.config_files import from_mapping, parameter_names
+from specprune_ros.config import PolicyConfig, axes_of
+from specprune_ros.config_files import from_mapping, other_nodes_axes, parameter_names
+from specprune_ros.streaming.config import StreamerConfig
 
 # rclpy's own parameters
 FOREIGN = ('use_sim_time', 'start_type_description_service', 'qos_overrides.')
@@ -20,40 +20,42 @@ INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
 
 
 class Parameters:
-    """The node's parameters, as one PolicyConfig.
+    """A node's parameters, as one configuration.
 
     A bad value in a parameter file does not stop the node from starting: it is kept aside, and
     `read` fails with the reason until the parameter is set to a good one.
     """
 
-    def __init__(self, node: Node):
+    def __init__(self, node: Node, kind: type[PolicyConfig] | type[StreamerConfig]):
         self._node = node
+        self._defaults = kind()
+        self._axes = axes_of(kind)
+        self._names = parameter_names(kind)
         self._given = dict(getattr(node, '_parameter_overrides', {}))
         self._bad: dict[str, object] = {}
-        defaults = PolicyConfig()
-        for axis, cls in AXES.items():
+        for axis, cls in self._axes.items():
             for spec in dataclasses.fields(cls):
-                default = getattr(getattr(defaults, axis), spec.name)
+                default = getattr(getattr(self._defaults, axis), spec.name)
                 self._declare(f'{axis}.{spec.name}', default, spec)
 
-    def read(self) -> PolicyConfig:
+    def read(self) -> PolicyConfig | StreamerConfig:
         """The configuration that holds now.
 
         Raises:
             ConfigError: an unknown parameter was given, or a value is bad.
         """
-        values = {name: self._node.get_parameter(name).value for name in parameter_names()}
-        return from_mapping({**values, **self._bad, **self._unknown()})
+        values = {name: self._node.get_parameter(name).value for name in self._names}
+        return from_mapping({**values, **self._bad, **self._unknown()}, self._defaults)
 
-    def with_changes(self, parameters: list[Parameter]) -> PolicyConfig:
+    def with_changes(self, parameters: list[Parameter]) -> PolicyConfig | StreamerConfig:
         """The configuration with some parameters changed, which are not set yet.
 
         Raises:
             ConfigError: a changed value is bad, or the parameter unknown.
         """
         changes = {p.name: p.value for p in parameters if not p.name.startswith(FOREIGN)}
-        values = {name: self._node.get_parameter(name).value for name in parameter_names()}
-        return from_mapping({**values, **changes})
+        values = {name: self._node.get_parameter(name).value for name in self._names}
+        return from_mapping({**values, **changes}, self._defaults)
 
     def accept(self, parameters: list[Parameter]) -> None:
         """Forget the bad values that are now replaced."""
@@ -61,19 +63,19 @@ class Parameters:
             self._bad.pop(parameter.name, None)
 
     def strangers(self) -> dict[str, object]:
-        """Given parameters that belong to no axis: another node's, or a typo."""
+        """Given parameters that belong to no node of this package: a typo, or someone else's."""
+        known = set(self._axes) | other_nodes_axes(type(self._defaults))
         return {
             name: parameter.value
             for name, parameter in self._given.items()
-            if name.partition('.')[0] not in AXES and not name.startswith(FOREIGN)
+            if name.partition('.')[0] not in known and not name.startswith(FOREIGN)
         }
 
     def _unknown(self) -> dict[str, object]:
-        known = set(parameter_names())
         return {
             name: parameter.value
             for name, parameter in self._given.items()
-            if name.partition('.')[0] in AXES and name not in known
+            if name.partition('.')[0] in self._axes and name not in self._names
         }
 
     def _declare(self, name: str, default: object, spec: dataclasses.Field) -> None:
@@ -123,13 +125,12 @@ def describe(spec: dataclasses.Field) -> ParameterDescriptor:
     return descriptor
 
 
-def fixed_changes(parameters: list[Parameter]) -> list[Parameter]:
+def fixed_changes(parameters: list[Parameter], kind: type = PolicyConfig) -> list[Parameter]:
     """Those parameters that may not change once the node is configured."""
     fixed = []
     for parameter in parameters:
         axis, _, key = parameter.name.partition('.')
-        spec = typing.get_type_hints(PolicyConfig).get(axis)
-        field = getattr(spec, '__dataclass_fields__', {}).get(key)
+        field = getattr(axes_of(kind).get(axis), '__dataclass_fields__', {}).get(key)
         if field is not None and not field.metadata['live']:
             fixed.append(parameter)
     return fixed

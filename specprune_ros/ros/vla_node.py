@@ -57,7 +57,7 @@ class VlaNode(LifecycleNode):
         self._stop = stop or threading.Event()
         self._loading: LoadingThread | None = None
         self._health = Health()
-        self._settings = Parameters(self)
+        self._settings = Parameters(self, PolicyConfig)
         self._config: PolicyConfig | None = None
         self._worker: InferenceWorker | None = None
         self._inbox: Inbox | None = None

@@ -1,0 +1,172 @@
+"""Configuration of action_streamer: what leaves for the robot, and what must not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from specprune_ros.config import RobotConfig, check_fields, setting
+from specprune_ros.errors import ConfigError
+from specprune_ros.types import ActionSpace
+
+JOINT_SPACES = ('joint_position', 'joint_velocity', 'joint_delta')
+CARTESIAN_SPACES = ('eef_delta_pose', 'eef_twist')
+OUTPUTS = {  # output -> action spaces that it can be made of
+    'chunk': JOINT_SPACES + CARTESIAN_SPACES,
+    'joint_trajectory': JOINT_SPACES,
+    'twist': CARTESIAN_SPACES,
+    'pose': CARTESIAN_SPACES,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamConfig:
+    """What becomes of a chunk."""
+
+    output: str = setting(
+        'chunk',
+        'what goes to the robot: nothing, another node reads the chunks (chunk); '
+        'trajectory_msgs/JointTrajectory of one point (joint_trajectory); '
+        'geometry_msgs/TwistStamped (twist); geometry_msgs/PoseStamped (pose)',
+        choices=tuple(OUTPUTS),
+    )
+    dry_run: bool = setting(
+        True, 'compute, check and report commands, but send none; set it false for motion'
+    )
+    blending: str = setting(
+        'replace',
+        'at the seam of two chunks: the new one from its due row on (replace); the mean of all '
+        'chunks for a step, weighted (ensemble); the rows that the newer chunk was conditioned '
+        'on stay (frozen_prefix: only a diffusion or flow-matching head can be conditioned)',
+        choices=('replace', 'ensemble', 'frozen_prefix'),
+    )
+    ensemble_decay: float = setting(
+        0.01,
+        'm of the weights exp(-m i), i = 0 for the oldest chunk: 0 weighs all alike',
+        low=0.0, high=100.0, unit='1',
+    )  # fmt: skip
+    translation_unit_m: float = setting(
+        0.0,
+        'metres per control step that a translation of 1 stands for, where robot.action_units '
+        'says 1 (LIBERO: 0.05); 0: not known',
+        low=0.0, high=1.0, unit='m',
+    )  # fmt: skip
+    rotation_unit_rad: float = setting(
+        0.0,
+        'radians per control step that a rotation of 1 stands for, where robot.action_units says '
+        '1 (LIBERO: 0.5); 0: not known',
+        low=0.0, high=3.2, unit='rad',
+    )  # fmt: skip
+    twist: str = setting(
+        'speed',
+        'numbers of a twist: m/s and rad/s; or the action itself, -1..1, as MoveIt Servo takes it '
+        'with command_in_type unitless',
+        choices=('speed', 'unitless'),
+    )
+    trajectory_start: str = setting(
+        'now',
+        'stamp of a joint trajectory: 0, which means at once (now), or the time of sending (sent)',
+        choices=('now', 'sent'),
+    )
+    gripper: str = setting(
+        'none',
+        'how grippers are commanded: not at all; std_msgs/Float64MultiArray of their positions '
+        '(position); within the joint trajectory, for grippers that are joints of it (joint)',
+        choices=('none', 'position', 'joint'),
+    )
+    gripper_closed: float = setting(0.0, 'action value that means closed', unit='action unit')
+    gripper_open: float = setting(1.0, 'action value that means open', unit='action unit')
+    gripper_closed_position: float = setting(0.0, 'position sent for closed', unit='m or rad')
+    gripper_open_position: float = setting(0.04, 'position sent for open', unit='m or rad')
+    on_stall: str = setting(
+        'hold',
+        'the one safety output when streaming has to end: the measured position, or zero speed '
+        '(hold); zero speed, or an empty trajectory, which ends the running one (stop); nothing '
+        '(none)',
+        choices=('hold', 'stop', 'none'),
+    )
+    command_timeout_s: float = setting(
+        1.5,
+        'a chunk whose observation is older than this is never executed',
+        low=0.01, high=60.0, unit='s',
+    )  # fmt: skip
+    max_state_age_s: float = setting(
+        0.25,
+        'streaming ends when the measured joint state or pose is older than this',
+        low=0.01, high=60.0, unit='s',
+    )  # fmt: skip
+    peer_timeout_s: float = setting(
+        1.0, 'vla_node counts as gone when its status is older than this',
+        low=0.3, high=60.0, unit='s',
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        check_fields('stream', self)
+        if self.gripper_closed == self.gripper_open:
+            raise ConfigError(
+                'stream.gripper_open', self.gripper_open, 'is also stream.gripper_closed'
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LimitConfig:
+    """What may leave. Lists hold one value for all action elements, or one each."""
+
+    policy: str = setting(
+        'reject',
+        'what becomes of a command beyond a limit: the whole chunk is refused (reject), or the '
+        'element is brought within it (clamp)',
+        choices=('reject', 'clamp'),
+    )
+    position_min: tuple[float, ...] = setting(
+        (), 'least joint position (rad or m), or end-effector x, y, z (m); empty: no limit'
+    )
+    position_max: tuple[float, ...] = setting(
+        (), 'greatest joint position (rad or m), or end-effector x, y, z (m); empty: no limit'
+    )
+    velocity_max: tuple[float, ...] = setting(
+        (), 'greatest speed of an action element, in rad/s or m/s; empty: no limit', low=1e-9
+    )
+    max_step: tuple[float, ...] = setting(
+        (),
+        'greatest change of a command from one control step to the next, in the unit of the '
+        'command on the wire (joints: rad or m; twist and pose: m and rad per step); empty: no '
+        'limit',
+        low=1e-9,
+    )
+    max_initial_step: float = setting(
+        0.1,
+        'greatest distance of the first command from the measured state: any joint (rad or m), '
+        'or the end-effector position (m)',
+        low=1e-9, high=10.0, unit='rad or m',
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        check_fields('limits', self)
+        if bool(self.position_min) != bool(self.position_max):
+            raise ConfigError(
+                'limits.position_max', self.position_max, 'needs limits.position_min, or neither'
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamerConfig:
+    """All axes of action_streamer. The robot's is the one that vla_node reads."""
+
+    robot: RobotConfig = field(default_factory=RobotConfig)
+    stream: StreamConfig = field(default_factory=StreamConfig)
+    limits: LimitConfig = field(default_factory=LimitConfig)
+
+    def __post_init__(self) -> None:
+        space, output = self.robot.action_space, self.stream.output
+        if space not in OUTPUTS[output]:
+            makes = ', '.join(name for name, spaces in OUTPUTS.items() if space in spaces)
+            raise ConfigError(
+                'stream.output', output, f'cannot be made of {space} actions; these can: {makes}'
+            )
+        if (
+            ActionSpace[space.upper()] == ActionSpace.JOINT_VELOCITY
+            and not self.limits.velocity_max
+        ):
+            raise ConfigError(
+                'limits.velocity_max', self.limits.velocity_max, 'is needed for joint velocities'
+            )
