@@ -163,10 +163,6 @@ class StreamerConfig:
             raise ConfigError(
                 'stream.output', output, f'cannot be made of {space} actions; these can: {makes}'
             )
-        if (
-            ActionSpace[space.upper()] == ActionSpace.JOINT_VELOCITY
-            and not self.limits.velocity_max
-        ):
-            raise ConfigError(
-                'limits.velocity_max', self.limits.velocity_max, 'is needed for joint velocities'
-            )
+        speeds = space == ActionSpace.JOINT_VELOCITY.name.lower()
+        if speeds and output != 'chunk' and not self.limits.velocity_max:
+            raise ConfigError('limits.velocity_max', (), 'is needed for joint velocities')
