@@ -14,11 +14,8 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib import import_module
-from types import ModuleType
 
 import numpy as np
-import torch
 
 
 def available_cpus() -> int:
@@ -41,7 +38,6 @@ BLOCKS_PER_CONVERSION = 4  # of rows: more fall out of the cache, fewer convert 
 # OpenBLAS keeps a product of so few multiplications on the calling thread. On a busy machine,
 # threads that wait for each other inside a larger one made it 25 times slower.
 PRODUCT_SIZE = 2**18 if available_cpus() > 1 else 2**62
-ALIGNMENT = 64  # bytes; OpenCV splits into rows that start so five times as fast
 UNSURE_SHARE = 1 / 16  # of values; beyond it, computing all of them in order is quicker
 TABLES = 32  # sizes whose tables are remembered
 
@@ -388,7 +384,7 @@ def _diagonal(matrix: np.ndarray, size: int) -> Iterator[tuple[slice, slice, np.
 def resample(image: np.ndarray, rows: tuple[Block, ...], cols: tuple[Block, ...]) -> np.ndarray:
     """Apply a linear map per axis; no element goes through more than two float32 sums.
 
-    Works on colour planes: interleaved, the columns' products would have three times the terms.
+    The columns' products are of colour planes: of pixels, they would have three times the terms.
 
     Args:
         image: [H, W, 3] uint8, of any strides.
@@ -397,8 +393,7 @@ def resample(image: np.ndarray, rows: tuple[Block, ...], cols: tuple[Block, ...]
     Returns:
         [R, 3, C] float32; `interleaved` makes an image of it.
     """
-    planes = _planes(image)
-    pixels = planes.reshape(len(planes), -1)
+    pixels = contiguous(image).reshape(len(image), -1)
     tall = np.empty((rows[-1].targets.stop, pixels.shape[1]), F32)
     for start in range(0, len(rows), BLOCKS_PER_CONVERSION):
         group = rows[start : start + BLOCKS_PER_CONVERSION]
@@ -408,43 +403,18 @@ def resample(image: np.ndarray, rows: tuple[Block, ...], cols: tuple[Block, ...]
             shifted = slice(block.sources.start - first, block.sources.stop - first)
             for part in _parts(pixels.shape[1], block.weights.size):
                 np.matmul(block.weights, source[shifted, part], out=tall[block.targets, part])
-    tall = tall.reshape(-1, planes.shape[2])  # one row of one plane each
-    result = np.empty((len(tall), cols[-1].targets.stop), F32)
+    planes = np.ascontiguousarray(tall.reshape(len(tall), -1, CHANNELS).transpose(0, 2, 1))
+    lines = planes.reshape(len(tall) * CHANNELS, -1)
+    result = np.empty((len(lines), cols[-1].targets.stop), F32)
     for block in cols:
-        for part in _parts(len(tall), block.weights.size):
-            np.matmul(tall[part, block.sources], block.weights, out=result[part, block.targets])
+        for part in _parts(len(lines), block.weights.size):
+            np.matmul(lines[part, block.sources], block.weights, out=result[part, block.targets])
     return result.reshape(-1, CHANNELS, result.shape[1])
 
 
-def _planes(image: np.ndarray) -> np.ndarray:
-    """[H, W, 3] -> [H, 3, W'] uint8, with W' - W columns of whatever at the end of every row."""
-    rows, cols = image.shape[:2]
-    padded = -(-cols // ALIGNMENT) * ALIGNMENT
-    planes = torch.empty((rows, CHANNELS, padded), dtype=torch.uint8).numpy()  # torch aligns
-    channels = [planes[:, channel, :cols] for channel in range(CHANNELS)]
-    cv2 = _opencv()
-    if cv2 is not None and image.flags.c_contiguous:
-        cv2.split(image, channels)
-    else:
-        for channel, plane in enumerate(channels):
-            plane[...] = image[..., channel]
-    return planes
-
-
 def interleaved(planes: np.ndarray) -> np.ndarray:
-    """[R, 3, C] -> [R, C, 3] uint8."""
-    cv2 = _opencv()
-    channels = [planes[:, channel] for channel in range(CHANNELS)]
-    return np.stack(channels, axis=-1) if cv2 is None else cv2.merge(channels)
-
-
-@lru_cache(maxsize=1)
-def _opencv() -> ModuleType | None:
-    """OpenCV where it is installed: NumPy takes 0.3 ms more for a 640x480 image."""
-    try:
-        return import_module('cv2')
-    except ImportError:
-        return None
+    """[R, 3, C] -> [R, C, 3]."""
+    return np.stack([planes[:, channel] for channel in range(CHANNELS)], axis=-1)
 
 
 def _parts(length: int, weights: int) -> list[slice]:
