@@ -78,6 +78,7 @@ class Episode:
         query: queries so far.
         step: executed control steps so far.
         step_of_query: `step` at the last query.
+        counts_steps: whether somebody reports executed steps; `step` then counts nothing else.
         displacement: [3] executed translation since the last query, unit 1.
         motion: the last executed action, None while none is known.
         fine: the controller's mode.
@@ -86,6 +87,8 @@ class Episode:
         recalls: recall (Eq. 1) of every query that has one, [V] each.
         frames: camera images by control step.
         sizes: camera -> (rows, cols) of its raw images.
+        absent: cameras without an image at some executed step, or refused query, since the last
+            query.
     """
 
     epoch: int
@@ -93,7 +96,8 @@ class Episode:
     stamp_ns: int | None = None
     query: int = 0
     step: int = 0
-    step_of_query: int = -1
+    step_of_query: int = 0
+    counts_steps: bool = False
     displacement: np.ndarray = field(default_factory=lambda: np.zeros(3))
     motion: Motion | None = None
     fine: bool = False
@@ -102,3 +106,4 @@ class Episode:
     recalls: list[np.ndarray] = field(default_factory=list)
     frames: FrameHistory = field(default_factory=FrameHistory)
     sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
+    absent: set[str] = field(default_factory=set)

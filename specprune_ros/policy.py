@@ -5,9 +5,7 @@ Works without ROS: from a script, a simulator, a server, or `ros/vla_node.py`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -24,45 +22,24 @@ from specprune_ros.episode import Episode, Frame
 from specprune_ros.errors import ActionError, ConfigError, ObservationError
 from specprune_ros.images import CameraImage, as_rgb, turned
 from specprune_ros.models import load, pick_device
-from specprune_ros.models.base import Prompt, VLAModel
-from specprune_ros.models.decoder import QueryDecoder
-from specprune_ros.pruning import make_method
-from specprune_ros.pruning.base import PruneMethod, PruneRun, PruneTrace, QueryContext
-from specprune_ros.pruning.guard import GuardState, after_check, checks_now
+from specprune_ros.models.base import VLAModel
+from specprune_ros.passes import Outcome, QueryPasses
+from specprune_ros.pruning import check_depth, make_method
+from specprune_ros.pruning.base import PruneMethod, QueryContext
+from specprune_ros.pruning.guard import GuardState
 from specprune_ros.pruning.motion import motion_of
 from specprune_ros.pruning.scores import patch_similarity
-from specprune_ros.report import NAN, View, make_report
+from specprune_ros.report import View, make_report
 from specprune_ros.robot_action import to_robot, within_limits
 from specprune_ros.timing import StageClock
+from specprune_ros.token_layout import TokenLayout
 from specprune_ros.types import (
     ActionChunk,
     ActionSpace,
     ExecutedAction,
-    Mode,
     Observation,
     PolicyResult,
 )
-
-
-@dataclass(frozen=True, eq=False)
-class _Outcome:
-    """What one query did; the episode takes it over once its action is known to be good.
-
-    Attributes:
-        actions: [L, A] normalised.
-        trace: what pruning did.
-        fallback: why it ran dense, or empty.
-        memory: for the next query; None leaves the last one.
-        guard: the guard's state from here on; None leaves it.
-        disagreement: of pruned and dense actions, where compared.
-    """
-
-    actions: Tensor
-    trace: PruneTrace
-    fallback: str = ''
-    memory: object | None = None
-    guard: GuardState | None = None
-    disagreement: float = NAN
 
 
 class Policy:
@@ -81,15 +58,17 @@ class Policy:
         method: instead of the configured one, e.g. a method of one's own.
 
     Raises:
-        ConfigError: model and robot do not fit, or the method is unknown.
+        ConfigError: model, robot and pruning do not fit, or the method is unknown.
     """
 
     def __init__(self, model: VLAModel, config: PolicyConfig, method: PruneMethod | None = None):
         self.model = model
         self.config = config
-        self._check_fit()
+        self._check_robot()
+        self._check_pruning(config.pruning)
         self._device = pick_device(config.model.device)
         self._method = method or make_method(config.pruning)
+        self._method.check_depth(len(model.decoder.layers))
         self._rotations = config.robot.per_camera('camera_rotations')
         self._episode = Episode(epoch=1)
         self._chunks = 0
@@ -115,15 +94,17 @@ class Policy:
         self._episode = Episode(epoch=self._episode.epoch + 1)
 
     def set_pruning(self, pruning: PruneConfig) -> None:
-        """Take other pruning parameters from the next query on; another method forgets V_global.
+        """Take other pruning parameters from the next query on.
+
+        Another method forgets V_global, and what the guard found of the former one.
 
         Raises:
-            ConfigError: unknown method; nothing changes.
+            ConfigError: unknown method, or it does not fit the model; nothing changes.
         """
         method = make_method(pruning)
-        self._check_direction(pruning)
+        self._check_pruning(pruning)
         if method.name != self._method.name:
-            self._episode.memory = None
+            self._episode.memory, self._episode.guard = None, GuardState()
         self._method = method
         self.config = PolicyConfig(
             robot=self.config.robot,
@@ -165,8 +146,7 @@ class Policy:
             action: what was sent to the robot; None when a step passed but what moved is unknown.
             images: the newest camera images when it was sent, if there are any. They are decoded
                 only if a query compares with them, so a caller hands them over as they came. A
-                camera that is missing here for a while is left out: at its next query all of it
-                stays.
+                camera that is missing among others was away: at the next query all of it stays.
 
         Returns:
             True when the rest of the chunk should be replaced by a new query at once: motion
@@ -181,7 +161,9 @@ class Policy:
         episode = self._episode
         if images:
             episode.frames.push(Frame(episode.step, dict(images)))
+            episode.absent |= set(self.model.info.cameras) - set(images)
         episode.step += 1
+        episode.counts_steps = True
         episode.motion = None
         moved = None if action is None else executed_displacement(action, self.config.robot)
         if moved is None:
@@ -221,19 +203,16 @@ class Policy:
             clock.lap('similarity')
             prompt = self.model.embed(frames, observation.proprio, observation.instruction)
             clock.lap('embed')
-            context = QueryContext(
-                layout=prompt.layout,
-                depth=len(self.model.decoder.layers),
-                device=self._device,
-                fine=self._episode.fine or self._episode.motion is None,
-                alpha=self._episode.guard.alpha(self.config.pruning),
-                similarity=similarity,
-                unseen=frozenset() if reference is None else reference.unseen,
-                memory=self._episode.memory,
-                query=self._episode.query,
+            passes = QueryPasses(
+                model=self.model,
+                method=self._method,
+                config=self.config.pruning,
+                prompt=prompt,
+                context=self._context(prompt.layout, similarity, reference),
+                clock=clock,
             )
-            outcome = self._act(prompt, context, clock)
-            normalized = outcome.actions.cpu().double().numpy()
+            outcome = passes.act(self._episode.guard)
+            normalized = outcome.done.actions.cpu().double().numpy()
             clock.lap('act')
         self.last_laps_s = clock.laps()
         chunk = self._chunk(observation, normalized)
@@ -241,15 +220,16 @@ class Policy:
         report = make_report(
             chunk=chunk,
             layout=prompt.layout,
-            trace=outcome.trace,
+            trace=outcome.done.trace,
             episode=self._episode,
             method=self._method.name,
-            alpha=context.alpha,
+            alpha=passes.context.alpha,
             reference_age=0 if reference is None else self._episode.step - reference.step,
             view=View(self.model.info.crop_side, self._rotations),
             decoder=self.model.decoder,
             fallback=outcome.fallback,
             guard_disagreement=outcome.disagreement,
+            dense_passes=outcome.dense_passes,
             latency_s=clock.seconds(),
         )
         self._end_query(observation, frames)
@@ -262,11 +242,11 @@ class Policy:
             sizes = episode.sizes
             self.reset()
             self._episode.sizes = sizes  # of this very observation
-        elif episode.query and episode.step == episode.step_of_query:
+        elif episode.query and not episode.counts_steps:
             # Nobody reports executed actions: count the control steps that time has room for.
             period_ns = 1e9 * self.config.robot.step_dt_s
             since_ns = observation.stamp_ns - episode.stamp_ns
-            episode.step += max(round(since_ns / period_ns), 1)
+            episode.step = episode.step_of_query + max(round(since_ns / period_ns), 1)
 
     def _time_jumped(self, observation: Observation) -> bool:
         if self._episode.stamp_ns is None:
@@ -280,6 +260,7 @@ class Policy:
         episode.stamp_ns = observation.stamp_ns
         episode.frames.push(Frame(episode.step, {}, frames))
         episode.step_of_query = episode.step
+        episode.absent.clear()
         episode.displacement = np.zeros(3)
         episode.query += 1
 
@@ -319,57 +300,37 @@ class Policy:
             upright.append(turned(image, self._rotations[name]))
         return upright
 
-    def _act(self, prompt: Prompt, context: QueryContext, clock: StageClock) -> _Outcome:
-        """Actions with pruning, or dense when the guard or anything that fails says so.
-
-        After a failure the method's memory stays as it was.
-        """
-        pruning, guard = self.config.pruning, self._episode.guard
-        check = checks_now(pruning, context.query)
-        if guard.tripped and not check:
-            return self._dense(prompt, context, clock, f'guard: {guard.why}')
-        try:
-            run = self._method.begin(context)
-            actions = self._decode_and_act(prompt, run, clock)
-            clock.lap('act')
-            trace, memory = run.trace(), run.memory()
-            clock.lap('trace')
-        except Exception as error:  # whatever fails in pruning costs speed, never the action
-            return self._dense(prompt, context, clock, f'{type(error).__name__}: {error}')
-        if not check or trace.mode == Mode.DENSE:
-            return _Outcome(actions, trace, memory=memory)
-        dense = self._decode_and_act(prompt, PruneRun(context), clock)
-        disagreement = float((actions - dense).abs().mean())
-        recalls = [] if trace.recall is None else trace.recall.cpu().tolist()
-        recall = min((value for value in recalls if math.isfinite(value)), default=NAN)
-        state = after_check(guard, pruning, disagreement=disagreement, recall=recall)
-        return _Outcome(dense, trace, memory=memory, guard=state, disagreement=disagreement)
-
-    def _take_over(self, outcome: _Outcome) -> None:
-        """Keep what a good query leaves to the next."""
-        episode, recall = self._episode, outcome.trace.recall
-        if outcome.memory is not None:
-            episode.memory = outcome.memory
-        if outcome.guard is not None:
-            episode.guard = outcome.guard
-        if recall is not None:
-            episode.recalls.append(recall.cpu().double().numpy())
-
-    def _dense(
-        self, prompt: Prompt, context: QueryContext, clock: StageClock, why: str
-    ) -> _Outcome:
-        run = PruneRun(context)
-        return _Outcome(self._decode_and_act(prompt, run, clock), run.trace(), why)
-
-    def _decode_and_act(self, prompt: Prompt, run: PruneRun, clock: StageClock) -> Tensor:
-        decoder = QueryDecoder(
-            self.model.decoder,
-            prompt.layout,
-            run,
-            keep_floor=self.config.pruning.keep_floor,
-            lap=clock.lap,
+    def _context(
+        self, layout: TokenLayout, similarity: Tensor | None, reference: Frame | None
+    ) -> QueryContext:
+        """What the method may know of the query."""
+        episode = self._episode
+        return QueryContext(
+            layout=layout,
+            depth=len(self.model.decoder.layers),
+            device=self._device,
+            fine=episode.fine or episode.motion is None,
+            alpha=episode.guard.alpha(self.config.pruning),
+            similarity=similarity,
+            unseen=self._unseen(reference),
+            memory=episode.memory,
+            query=episode.query,
         )
-        return self.model.act(prompt, decoder)
+
+    def _unseen(self, reference: Frame | None) -> frozenset[int]:
+        """Cameras, in model order, that were away since the last query or in the reference."""
+        absent = self._episode.absent
+        away = {i for i, name in enumerate(self.model.info.cameras) if name in absent}
+        return frozenset(away if reference is None else away | reference.unseen)
+
+    def _take_over(self, outcome: Outcome) -> None:
+        """Keep what a good query leaves to the next."""
+        episode, done = self._episode, outcome.done
+        if done.memory is not None:
+            episode.memory = done.memory
+        episode.guard = outcome.guard
+        if done.trace.recall is not None:
+            episode.recalls.append(done.trace.recall.cpu().double().numpy())
 
     def _chunk(self, observation: Observation, normalized: np.ndarray) -> ActionChunk:
         robot = self.config.robot
@@ -396,7 +357,7 @@ class Policy:
             stand_in=self.model.info.stand_in,
         )
 
-    def _check_fit(self) -> None:
+    def _check_robot(self) -> None:
         robot, info = self.config.robot, self.model.info
         fits = {
             'camera_names': (robot.camera_names, info.cameras),
@@ -409,9 +370,9 @@ class Policy:
                 raise ConfigError(
                     f'robot.{name}', getattr(robot, name), f'{info.name} needs {needed}'
                 )
-        self._check_direction(self.config.pruning)
 
-    def _check_direction(self, pruning: PruneConfig) -> None:
+    def _check_pruning(self, pruning: PruneConfig) -> None:
+        check_depth(pruning, len(self.model.decoder.layers))
         if self.model.decoder.causal and pruning.score_direction == 'image_to_text':
             raise ConfigError(
                 'pruning.score_direction',
@@ -424,11 +385,12 @@ class Policy:
         check_instruction(observation.instruction)
         check_proprio(observation.proprio, self.model.info.proprio_dim)
         names = self.model.info.cameras
-        for name in names:
-            if name not in observation.images:
-                raise ObservationError(
-                    'camera_missing', f'cameras/{name}', None, 'no image of this camera'
-                )
+        missing = [name for name in names if name not in observation.images]
+        self._episode.absent.update(missing)
+        for name in missing:
+            raise ObservationError(
+                'camera_missing', f'cameras/{name}', None, 'no image of this camera'
+            )
         images = self._upright(observation.images)
         self._check_sizes(dict(zip(names, images, strict=True)))
         return images

@@ -44,6 +44,7 @@ def make_report(
     decoder: Decoder,
     fallback: str,
     guard_disagreement: float,
+    dense_passes: int,
     latency_s: dict[str, float],
 ) -> PruneReport:
     """The report of one query, on the host.
@@ -59,6 +60,7 @@ def make_report(
         decoder: whose sizes the FLOPs model takes.
         fallback: why it ran dense, or empty.
         guard_disagreement: of pruned and dense actions; NaN where not compared.
+        dense_passes: dense ones beside the one that `trace` is of; flops_share counts them.
         latency_s: field -> seconds, from StageClock.
     """
     cameras, motion = len(layout.cameras), episode.motion
@@ -93,7 +95,7 @@ def make_report(
         **{name: np.asarray(values, np.uint32) for name, values in counts.items()},
         recall=np.full(cameras, NAN) if trace.recall is None else _host(trace.recall),
         recall_mean=known_mean(episode.recalls, cameras),
-        flops_share=decoder_share(trace, layout, decoder),
+        flops_share=decoder_share(trace, layout, decoder) + dense_passes,
         guard_disagreement=guard_disagreement,
         reason=trace.reason.cpu().numpy().reshape(-1),
         pruned_after_layer=gone.reshape(-1),
@@ -115,7 +117,7 @@ def known_mean(recalls: list[np.ndarray], cameras: int) -> np.ndarray:
 
 
 def decoder_share(trace: PruneTrace, layout: TokenLayout, decoder: Decoder) -> float:
-    """Decoder FLOPs as a share of the dense decoder's, by the counts that were measured (A.3)."""
+    """One pass's decoder FLOPs as a share of a dense one's, by the counts measured (A.3)."""
     before = [layout.visual_count, *trace.layer_tokens]
     gone = {
         layer: had - left

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from specprune_ros.config import PruneConfig
 from specprune_ros.errors import ActionError, ConfigError, ObservationError
+from specprune_ros.models.decoder import QueryDecoder
 from specprune_ros.pruning import METHODS
-from specprune_ros.pruning.base import PruneMethod, PruneRun
+from specprune_ros.pruning.base import PruneMethod, PruneRun, QueryContext
 from specprune_ros.pruning.specprune import SpecPruneRun
 from specprune_ros.types import Mode, Reason
 
@@ -44,6 +45,24 @@ def run_queries(policy, count: int = 4, velocity=FAST, cameras=CAMERAS) -> list:
             images = make_observation(8 * query + step, cameras).images
             policy.observe_executed(make_action(*velocity), images)
     return results
+
+
+def make_prompt(policy):
+    """A prompt of the policy's model, and what gives its actions under a PruneRun."""
+    model, observation = policy.model, make_observation()
+    pixels = model.preprocess([observation.images[name] for name in CAMERAS])
+    prompt = model.embed(pixels, None, observation.instruction)
+    act = torch.inference_mode()(
+        lambda run: model.act(prompt, QueryDecoder(model.decoder, prompt.layout, run))
+    )
+    return prompt, act
+
+
+def make_context(policy, prompt, memory, query: int) -> QueryContext:
+    return QueryContext(
+        layout=prompt.layout, depth=len(policy.model.decoder.layers), device=torch.device('cpu'),
+        fine=False, alpha=0.8, similarity=None, memory=memory, query=query,
+    )  # fmt: skip
 
 
 # Every method ------------------------------------------------------------------------------
@@ -79,6 +98,24 @@ class TestContract:
         first = policy.infer(observation)
         assert first.report.mode == Mode.DENSE
         assert np.array_equal(first.chunk.data, dense.infer(observation).chunk.data)
+
+    def test_a_dense_run_keeps_all_and_leaves_what_a_query_can_go_on_from(
+        self, policy, method, budget
+    ):
+        config = PruneConfig(method=method, budget=budget)
+        asked = METHODS[method](config)
+        prompt, act = make_prompt(policy)
+        dense = act(PruneRun(None))
+        memory = None
+        for query in range(2):
+            context = make_context(policy, prompt, memory, query)
+            run = asked.begin_dense(context)
+            assert torch.equal(act(run), dense)
+            trace = run.trace()
+            assert (trace.mode, trace.layer_index) == (Mode.DENSE, [])
+            assert not trace.pruned_after_layer.any()
+            memory = run.memory()
+            act(asked.begin(make_context(policy, prompt, memory, query)))
 
     def test_nothing_survives_a_reset(self, policy, method, budget):
         policy.set_pruning(PruneConfig(method=method, budget=budget))

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from specprune_ros.config import PruneConfig
 from specprune_ros.errors import ActionError, ConfigError, ObservationError
 from specprune_ros.images import CompressedImage
+from specprune_ros.pruning import METHODS
 from specprune_ros.pruning.base import QueryContext
 from specprune_ros.pruning.specprune import Memory, SpecPrune
 from specprune_ros.token_layout import Span, TokenLayout
@@ -122,6 +123,56 @@ def test_update_layers_must_come_before_the_first_prune_layer():
         make_policy(pruning__update_layers=(12, 18))
 
 
+# In a decoder of 12 layers both come to layer 5: nothing scores before the first prune layer.
+COLLIDING = {'update_layers': (12,), 'prune_layers': (13,)}
+
+
+@pytest.mark.parametrize('method', METHODS)
+def test_layers_that_collide_at_the_models_depth_fail_at_load(method):
+    """Bug: every query failed and ran dense. Any method may be chosen live, its layers may not."""
+    with pytest.raises(ConfigError, match=r'pruning\.update_layers = \(12,\).*12 layers'):
+        make_policy(
+            pruning__method=method,
+            **{f'pruning__{name}': layers for name, layers in COLLIDING.items()},
+        )
+
+
+@pytest.mark.parametrize('method', METHODS)
+def test_layers_that_collide_at_the_models_depth_change_nothing_live(policy, method):
+    with pytest.raises(ConfigError, match=r'pruning\.update_layers'):
+        policy.set_pruning(PruneConfig(method=method, **COLLIDING))
+    assert policy.config.pruning == PruneConfig()
+    assert policy.infer(make_observation(0)).report.method == 'specprune'
+
+
+LAYERS = st.sets(st.integers(1, 32), max_size=6).map(sorted).map(tuple)
+
+
+@given(prune=LAYERS, update=LAYERS, depth=st.integers(1, 48))
+def test_layers_that_pass_at_load_work_in_every_query(prune, update, depth):
+    layout = TokenLayout(('a',), (5, 8), (1,), 60, Span(41, 50), Span(43, 48), Span(50, 56))
+    memory = Memory(global_rank=torch.full((1, 40), torch.inf), confidence=torch.ones(depth))
+    config = PruneConfig(prune_layers=prune, update_layers=update, budget='fixed')
+    try:
+        method = SpecPrune(config)
+        method.check_depth(depth)
+    except ConfigError:
+        assert update, 'without a list of their own, some layer always scores'
+        return
+    run = method.begin(
+        QueryContext(
+            layout=layout, depth=depth, device=torch.device('cpu'), fine=False, alpha=0.8,
+            similarity=None, memory=memory, query=1,
+        )
+    )  # fmt: skip
+    alive = torch.arange(40)
+    for layer in range(1, depth + 1):
+        keep = run.after_layer(Layer(layer, alive, torch.arange(20)))
+        alive = alive if keep is None else keep
+    assert run.memory().global_rank.isfinite().any()
+    assert 0 < len(alive) <= 40
+
+
 @given(a=st.floats(0.3, 1.6), b=st.floats(0.3, 1.6), budget=st.sampled_from(['union', 'fixed']))
 @settings(max_examples=8, deadline=None)
 def test_more_alpha_never_keeps_less(shared, a, b, budget):
@@ -176,6 +227,71 @@ def test_a_camera_that_was_away_is_dense_when_it_returns(policy, budget):
     execute(policy, 3)
     after = policy.infer(make_observation(32)).report
     assert (after.tokens_static < 256).all()
+
+
+@pytest.mark.parametrize('budget', ['union', 'fixed'])
+def test_a_camera_that_was_away_between_two_frames_with_it_is_dense(policy, budget):
+    """Bug: only the reference frame was asked, here from step 5 and with all cameras."""
+    policy.set_pruning(PruneConfig(budget=budget))
+    policy.infer(make_observation(0))
+    execute(policy, 0, steps=6)
+    execute(policy, 0, steps=1, cameras=('wrist',))
+    execute(policy, 0, steps=1)
+    report = policy.infer(make_observation(8)).report
+    assert report.tokens_kept[1] == 256
+    assert (report.tokens_kept[0] < 256) == (budget == 'union')
+    execute(policy, 1)
+    assert (policy.infer(make_observation(16)).report.tokens_kept < 256).all()
+
+
+@pytest.mark.parametrize('told', [True, False], ids=['executed steps told', 'nothing told'])
+def test_a_camera_that_a_query_lacked_is_dense_at_the_next(policy, told):
+    def step(query):
+        for _ in range(STEPS if told else 0):
+            policy.observe_executed(make_action(*FAST))  # a caller that keeps no images
+
+    policy.infer(make_observation(0))
+    step(0)
+    assert (policy.infer(make_observation(8)).report.tokens_kept < 256).all()
+    step(1)
+    with pytest.raises(ObservationError, match='cameras/side'):
+        policy.infer(make_observation(16, cameras=('wrist',)))
+    step(2)
+    report = policy.infer(make_observation(24)).report
+    assert report.fallback_reason == ''
+    assert report.tokens_kept[1] == 256
+    assert report.tokens_kept[0] < 256
+    step(3)
+    assert (policy.infer(make_observation(32)).report.tokens_kept < 256).all()
+
+
+def test_two_queries_in_one_control_step_add_no_step(policy):
+    """Bug: the second of them counted a step that nobody had executed."""
+    policy.infer(make_observation(0))
+    execute(policy, 0)
+    ages = [policy.infer(make_observation(8)).report.reference_age for _ in range(3)]
+    assert ages == [3, 8, 8], 'T is 3 after fast motion, and the oldest frame after none'
+    execute(policy, 1, steps=2, velocity=SLOW)
+    assert policy.infer(make_observation(10)).report.reference_age == 10
+
+
+def test_time_that_stands_in_for_steps_counts_once(policy, monkeypatch):
+    """A query that gave no action leaves the time since the last good one to the next."""
+    policy.infer(make_observation(0))
+    act = policy.model.act
+    with monkeypatch.context() as patch:
+        patch.setattr(policy.model, 'act', lambda *given: act(*given) * torch.nan)
+        for step in (2, 4):
+            with pytest.raises(ActionError):
+                policy.infer(make_observation(step))
+    assert policy.infer(make_observation(6)).report.reference_age == 6
+
+
+def test_steps_of_unknown_motion_count_and_time_does_not(policy):
+    policy.infer(make_observation(0))
+    policy.observe_executed(None)
+    policy.infer(make_observation(1))
+    assert policy.infer(make_observation(20)).report.reference_age == 1
 
 
 def test_frames_count_executed_steps_not_time(policy):

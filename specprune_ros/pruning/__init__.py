@@ -19,3 +19,15 @@ def make_method(config: PruneConfig) -> PruneMethod:
     if config.method not in METHODS:
         raise ConfigError('pruning.method', config.method, f'must be one of {", ".join(METHODS)}')
     return METHODS[config.method](config)
+
+
+def check_depth(config: PruneConfig, depth: int) -> None:
+    """Refuse a configuration that some method cannot use in a decoder of `depth` layers.
+
+    All methods are asked, since which one runs may change live and its layers may not.
+
+    Raises:
+        ConfigError: naming the field and its value.
+    """
+    for method in METHODS.values():
+        method(config).check_depth(depth)

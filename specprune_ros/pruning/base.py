@@ -50,8 +50,8 @@ class QueryContext:
         fine: the controller's mode.
         alpha: prune ratio of this query, the configured one unless a guard relaxed it.
         similarity: [V, N] patch similarity to the reference frame, or None without one.
-        unseen: cameras without an image in the reference frame: nothing may be said of what
-            changed there.
+        unseen: cameras that were away since the last query or in the reference frame: what
+            changed there is not known, and all of their patches must stay.
         memory: what the last run of this episode returned; None at its first query.
         query: 0-based count of this episode's queries.
     """
@@ -79,7 +79,8 @@ class PruneTrace:
         pruned_after_layer: [V, N] uint8, 1-based layer; 0 for patches that survived.
         static_layer: layers up to this one count as static pruning.
         layer_index, layer_tokens: layers after which tokens went, and the visual tokens left.
-        recall: [V] Eq. 1 against the last query, or None.
+        recall: [V] Eq. 1 against the last query, or None; what reports show. The guard judges by
+            another one, guard.kept_share.
         important: [V, N] bool, V_global of this query, or None.
         confidence: [depth] Eq. 8, or None.
     """
@@ -148,9 +149,25 @@ class PruneMethod:
         """The controller's mode after one more executed action."""
         return False
 
+    def check_depth(self, depth: int) -> None:
+        """Refuse a configuration that cannot work in a decoder of `depth` layers.
+
+        Raises:
+            ConfigError: naming the field and its value.
+        """
+
     def begin(self, context: QueryContext) -> PruneRun:
         """Start one inference."""
         raise NotImplementedError
+
+    def begin_dense(self, context: QueryContext) -> PruneRun:
+        """Start one inference that keeps everything.
+
+        It runs where the guard has stopped pruning or compares with it, so a method that learns
+        from what a run sees goes on learning: the run's memory() serves the next query as a pruned
+        one's would, and its trace() says which patches were important. This one learns nothing.
+        """
+        return PruneRun(context)
 
 
 class KeepAll(PruneMethod):

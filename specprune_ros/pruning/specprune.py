@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from specprune_ros.config import PruneConfig
-from specprune_ros.errors import ConfigError, PruningError
+from specprune_ros.errors import ConfigError
 from specprune_ros.pruning import scores
 from specprune_ros.pruning.base import LayerProbe, PruneMethod, PruneRun, PruneTrace, QueryContext
 from specprune_ros.pruning.budget import (
@@ -42,6 +42,9 @@ class Schedule:
 
         The first prune layer never directly follows static pruning: some layer between must have
         updated the scores (Alg. 1 updates where it does not prune).
+
+        Raises:
+            ConfigError: update layers fall on or behind the first prune layer at this depth.
         """
         layers = config.prune_layers if config.dynamic else ()
         prune = scale_layers(layers, depth, first=STATIC_LAYER + 2)
@@ -52,9 +55,11 @@ class Schedule:
             wanted = scale_layers(config.update_layers, depth, first=STATIC_LAYER + 1)
         update = frozenset(wanted) & frozenset(range(last)) - frozenset(prune)
         if prune and not any(layer < prune[0] for layer in update):
-            raise PruningError(
-                f'no layer of update_layers {config.update_layers} scores tokens before the first '
-                f'prune layer, {prune[0]} of {depth}'
+            raise ConfigError(
+                'pruning.update_layers',
+                config.update_layers,
+                f'scaled to {depth} layers, none comes before layer {prune[0]}, the first of '
+                f'pruning.prune_layers = {config.prune_layers}',
             )
         return cls(prune=prune, update=update, important=important)
 
@@ -79,23 +84,18 @@ class SpecPruneRun(PruneRun):
         V_global and the layers' confidence.
     """
 
-    def __init__(self, config: PruneConfig, context: QueryContext):
+    def __init__(self, config: PruneConfig, context: QueryContext, *, dense: bool = False):
         super().__init__(context)
         self._config = config
         self._schedule = Schedule.of(config, context.depth)
         self._fine = context.fine and config.controller
         self._k = k_budget(config, self._fine, context.alpha)
         self._shape = (len(context.layout.cameras), context.layout.patches)
-        refresh = config.dense_every and context.query % config.dense_every == 0
-        self._dense = context.memory is None or bool(refresh)
         self._budget = config.budget
         if self._budget == 'auto':
             self._budget = 'fixed' if context.device.type == 'cuda' else 'union'
-        # A camera that comes back shows what nobody compared: all of it stays. The fixed budget
-        # has no shape for that, so the whole query is dense.
-        self._returned = bool(context.unseen) and not self._dense
-        if self._returned and self._budget == 'fixed':
-            self._dense = True
+        self._dense_why = self._why_dense(dense)
+        self._dense = bool(self._dense_why)
         new = {'device': context.device}
         self._local_rank = torch.full(self._shape, torch.inf, **new)
         self._local_score = torch.zeros(self._shape, **new)
@@ -140,17 +140,10 @@ class SpecPruneRun(PruneRun):
         """What this run did."""
         last = self.context.memory
         now = self.memory()
-        if self._dense:
-            mode, why = Mode.DENSE, 'periodic refresh'
-            if last is None:
-                why = 'first query of the episode'
-            elif self._returned:
-                why = 'a camera returned'
-        else:
-            mode, why = (Mode.FINE if self._fine else Mode.COARSE), ''
+        mode = Mode.FINE if self._fine else Mode.COARSE
         return PruneTrace(
-            mode=mode,
-            mode_reason=why,
+            mode=Mode.DENSE if self._dense else mode,
+            mode_reason=self._dense_why,
             budget=self._budget,
             reason=self._reason,
             pruned_after_layer=self._gone.view(self._shape),
@@ -167,6 +160,20 @@ class SpecPruneRun(PruneRun):
     @property
     def _memory(self) -> Memory:
         return self.context.memory
+
+    def _why_dense(self, asked: bool) -> str:
+        """Why nothing goes in this query, in words; empty where it prunes."""
+        every, context = self._config.dense_every, self.context
+        if context.memory is None:
+            return 'first query of the episode'
+        if asked:
+            return 'nothing may go in this query'
+        if every and context.query % every == 0:
+            return 'periodic refresh'
+        # All of a camera that returned stays. The fixed budget has no shape for that.
+        if context.unseen and self._budget == 'fixed':
+            return 'a camera returned'
+        return ''
 
     def _text_attention(self, probe: LayerProbe) -> Tensor:
         return probe.text_attention(prompt=self._config.score_text == 'prompt')
@@ -294,6 +301,14 @@ class SpecPrune(PruneMethod):
             hysteresis=self.config.hysteresis,
         )
 
+    def check_depth(self, depth: int) -> None:
+        """Refuse layers that leave nothing to prune by; see Schedule.of."""
+        Schedule.of(self.config, depth)
+
     def begin(self, context: QueryContext) -> SpecPruneRun:
         """Start one inference."""
         return SpecPruneRun(self.config, context)
+
+    def begin_dense(self, context: QueryContext) -> SpecPruneRun:
+        """Start one inference that keeps everything, and renews V_global and the confidence."""
+        return SpecPruneRun(self.config, context, dense=True)

@@ -1,0 +1,137 @@
+"""The decoder passes of one query: pruned, dense, or both where the guard compares them.
+
+Whatever fails in pruning costs speed, never the action.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from specprune_ros.config import PruneConfig
+from specprune_ros.models.base import Prompt, VLAModel
+from specprune_ros.models.decoder import QueryDecoder
+from specprune_ros.pruning.base import PruneMethod, PruneRun, PruneTrace, QueryContext
+from specprune_ros.pruning.guard import GuardState, after_check, checks_now, kept_share
+from specprune_ros.timing import StageClock
+from specprune_ros.types import Mode
+
+KEEP_ALL = 1.0  # keep_floor of a pass in which nothing may go
+
+
+@dataclass(frozen=True, eq=False)
+class Pass:
+    """What one pass gave.
+
+    Attributes:
+        actions: [L, A] normalised.
+        trace: what pruning did.
+        memory: for the next query; None leaves the last one.
+        fault: why the method's own dense run was not used, or empty.
+    """
+
+    actions: Tensor
+    trace: PruneTrace
+    memory: object | None
+    fault: str = ''
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Outcome:
+    """What one query did; the episode takes it over once its action is known to be good.
+
+    Attributes:
+        done: the pass that counts; where both were computed the pruned one, with the actions of
+            the dense one.
+        guard: the guard's state from here on.
+        fallback: why it ran dense, or empty.
+        disagreement: of pruned and dense actions; NaN where not compared.
+        dense_passes: those beside the one that `done.trace` is of.
+    """
+
+    done: Pass
+    guard: GuardState
+    fallback: str = ''
+    disagreement: float = math.nan
+    dense_passes: int = 0
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class QueryPasses:
+    """One query's passes through the decoder.
+
+    Attributes:
+        model: gives the actions.
+        method: prunes.
+        config: of pruning and its guard.
+        prompt: the query, embedded.
+        context: what the method may know of it.
+        clock: told what took how long.
+    """
+
+    model: VLAModel
+    method: PruneMethod
+    config: PruneConfig
+    prompt: Prompt
+    context: QueryContext
+    clock: StageClock
+
+    def act(self, guard: GuardState) -> Outcome:
+        """Actions with pruning, or dense when the guard or anything that fails says so.
+
+        A check that is due and finds nothing pruned stays due. After a failure the method's memory
+        stays as it was.
+        """
+        check = checks_now(self.config, self.context.query, guard.overdue)
+        if guard.tripped and not check:
+            return self._stopped(guard)
+        try:
+            done = self._run(self.method.begin(self.context), self.config.keep_floor)
+        except Exception as error:
+            done, fallback = self._plain(), _named(error)
+        else:
+            fallback = ''
+        if check and done.trace.mode != Mode.DENSE:
+            return self._compared(done, guard)
+        return Outcome(done=done, guard=replace(guard, overdue=check), fallback=fallback)
+
+    def _stopped(self, guard: GuardState) -> Outcome:
+        """Dense, until a check passes."""
+        dense, why = self._dense(), f'guard: {guard.why}'
+        if dense.fault:
+            why += f'; no dense run of the method: {dense.fault}'
+        return Outcome(done=dense, guard=guard, fallback=why)
+
+    def _compared(self, pruned: Pass, guard: GuardState) -> Outcome:
+        """The dense actions, and what they and the dense pass's attention say of pruning."""
+        dense = self._dense()
+        disagreement = float((pruned.actions - dense.actions).abs().mean())
+        share = kept_share(pruned.trace, dense.trace)
+        guard = after_check(guard, self.config, disagreement=disagreement, recall=share)
+        done = replace(pruned, actions=dense.actions)
+        return Outcome(done=done, guard=guard, disagreement=disagreement, dense_passes=1)
+
+    def _dense(self) -> Pass:
+        """The method's own dense run, or a plain one where that fails or drops something."""
+        try:
+            return self._run(self.method.begin_dense(self.context), KEEP_ALL)
+        except Exception as error:
+            return replace(self._plain(), fault=_named(error))
+
+    def _plain(self) -> Pass:
+        return self._run(PruneRun(self.context), KEEP_ALL)
+
+    def _run(self, run: PruneRun, keep_floor: float) -> Pass:
+        layout, lap = self.prompt.layout, self.clock.lap
+        decoder = QueryDecoder(self.model.decoder, layout, run, keep_floor=keep_floor, lap=lap)
+        actions = self.model.act(self.prompt, decoder)
+        lap('act')
+        done = Pass(actions, run.trace(), run.memory())
+        lap('trace')
+        return done
+
+
+def _named(error: Exception) -> str:
+    return f'{type(error).__name__}: {error}'
