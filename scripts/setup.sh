@@ -89,11 +89,14 @@ if [ "$(cat .venv/specprune_ros_stamp 2>/dev/null)" != "$wanted" ]; then
   fi
   quietly .venv/bin/python -m pip install --no-deps -e .
 
-  # setup.py has the only list of requirements; all extras are wanted here.
+  # setup.py has the only list of requirements; all extras are wanted here but the simulator,
+  # which pins libraries older than the others need.
   mapfile -t requirements < <(.venv/bin/python -c "
 import importlib.metadata
 for line in importlib.metadata.requires('specprune_ros'):
-    print(line.split(';')[0].strip())")
+    requirement, _, marker = line.partition(';')
+    if 'sim' not in marker:
+        print(requirement.strip())")
   imports() { .venv/bin/python -c "import $1" 2>/dev/null; }
   : >.ws/constraints.txt
   if [ "$ros" = wheels ]; then

@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from specprune_ros import __version__
-from specprune_ros.cli import ablate, bench, calibrate, explain, info, replay, run, verify
+from specprune_ros.cli import ablate, bench, calibrate, collect, explain, info, replay, run, verify
 from specprune_ros.errors import SpecPruneError
 from specprune_ros.loading import COMMANDS as INSTALL
 
@@ -17,6 +17,7 @@ COMMANDS = {
     'bench': bench,
     'ablate': ablate,
     'calibrate': calibrate,
+    'collect': collect,
     'info': info,
     'verify': verify,
 }

@@ -1,0 +1,305 @@
+"""One LIBERO task as an environment: cameras, joints, end-effector pose, success, without ROS."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from specprune_ros.errors import ConfigError, MissingDependencyError
+from specprune_ros.sim.placement import draw_layout, seed_stream
+from specprune_ros.sim.simplify import simplify_model
+from specprune_ros.sim.state import ACTION_NAMES, OPEN, STEP_NS, SimState
+from specprune_ros.sim.tasks import SEEDS, SimTask, find_task
+from specprune_ros.types import Observation
+
+CAMERAS = {
+    'wrist': 'robot0_eye_in_hand',
+    'side': 'agentview',
+    'agentview': 'agentview',  # as LIBERO calls it
+    'overhead': 'birdview',
+    'front': 'frontview',
+}
+# Arena -> height of its surface; stock birdview shows mostly the room, this shows the workspace.
+OVERHEAD_FOVY_DEG = {'floor': 12.5, 'table': 20.0}
+OVERHEAD_CENTRE = {'floor': (0.0, 0.045), 'table': (-0.1, 0.0)}
+SPLITS = ('train', 'eval')
+SETTLE_STEPS = 10  # LIBERO's protocol: objects fall into place, the gripper opens
+DETAIL_M = 0.008  # of visual meshes; smaller details go
+MAX_SIZE = 640
+FINGERS = 2
+INSTALL = 'pip install "specprune_ros[sim]", in an environment of its own: it pins NumPy 1.26'
+
+
+class LiberoEnv:
+    """One task; episodes begin with `reset`.
+
+    The same seed gives the same episode, and the same images on the same renderer. Not
+    thread-safe: the renderer belongs to the thread that made it.
+
+    Args:
+        task: what to do, or its name.
+        cameras: names out of CAMERAS to render.
+        size: height and width of the images, px.
+        detail_m: visual details smaller than this are left out, which makes rendering several
+            times faster; 0 renders LIBERO's own meshes.
+
+    Attributes:
+        task: what to do.
+        cameras: that are rendered.
+        instruction: in words.
+        state: of the present control step.
+
+    Raises:
+        ConfigError: no such task or camera, a bad size, or no library to render with.
+        MissingDependencyError: the simulator is not installed.
+    """
+
+    task: SimTask
+    state: SimState
+
+    def __init__(
+        self,
+        task: SimTask | str,
+        *,
+        cameras: Sequence[str] = ('wrist', 'side', 'overhead'),
+        size: int = 224,
+        detail_m: float = DETAIL_M,
+    ):
+        self.task = find_task(task) if isinstance(task, str) else task
+        self.cameras = tuple(cameras)
+        check_cameras(self.cameras)
+        if not 1 <= size <= MAX_SIZE:
+            raise ConfigError('size', size, f'must be 1 to {MAX_SIZE} px')
+        benchmark, bddl_files, control_env = _import_simulator()
+        with _quiet():
+            suite = benchmark.get_benchmark_dict()[self.task.suite]()
+            official = suite.get_task(self.task.index)
+            self._official_states = suite.get_task_init_states(self.task.index)
+            bddl = Path(bddl_files, official.problem_folder, official.bddl_file)
+            # robosuite's own renderer is left out: ours reads the simplified meshes.
+            self._env = control_env(
+                bddl_file_name=str(bddl),
+                use_camera_obs=False,
+                has_offscreen_renderer=False,
+                hard_reset=False,
+                ignore_done=True,
+            )
+        self.instruction = self.task.instruction or official.language
+        self._prepare_model(detail_m, size)
+        self._size = size
+        self._renderer: Any = None
+
+    def reset(self, seed: int, split: str = 'eval') -> SimState:
+        """Begin an episode, and let everything settle.
+
+        Args:
+            seed: which episode. An official task has 50 for 'eval', its initial states; every
+                other one is drawn.
+            split: 'train' or 'eval'; they share no episode.
+
+        Raises:
+            ConfigError: a bad seed or split.
+        """
+        if split not in SPLITS:
+            raise ConfigError('split', split, f'must be one of {SPLITS}')
+        official = split == 'eval' and self.task.shuffle is None
+        limit = len(self._official_states) if official else SEEDS
+        if not 0 <= seed < limit:
+            raise ConfigError('seed', seed, f'{self.task.name} has 0..{limit - 1} for {split}')
+        rng = seed_stream(seed, split=split, task=self.task.name)
+        with _numpy_seed(int(rng.integers(2**32))):
+            self._env.reset()
+        # robosuite's fingers go on from their last command, which a reset without a new model
+        # does not forget: an episode would depend on the one before.
+        self._env.env.robots[0].gripper.current_action = np.zeros(FINGERS)
+        if official:
+            self._env.set_init_state(self._official_states[seed])
+        elif self.task.shuffle is not None:
+            self._place(draw_layout(self.task.shuffle, rng))
+        self._steps = 0
+        for _ in range(SETTLE_STEPS):
+            self._advance(np.array([0.0] * 6 + [OPEN]))
+        self.state = self._read_state()
+        return self.state
+
+    def step(self, action: np.ndarray) -> SimState:
+        """One control step of 50 ms.
+
+        Args:
+            action: [7] named state.ACTION_NAMES, clipped to -1..1.
+
+        Raises:
+            ValueError: another shape, or not finite.
+        """
+        action = np.asarray(action, float)
+        if action.shape != (len(ACTION_NAMES),) or not np.isfinite(action).all():
+            raise ValueError(f'an action is 7 finite numbers, not {action}')
+        self._advance(np.clip(action, -1.0, 1.0))
+        self._steps += 1
+        self.state = self._read_state()
+        return self.state
+
+    @property
+    def success(self) -> bool:
+        """LIBERO's own check of the goal, at this step."""
+        if self.task.goal:
+            return bool(self._env.env._eval_predicate(list(self.task.goal)))
+        return bool(self._env.check_success())
+
+    def images(self) -> dict[str, np.ndarray]:
+        """Render every camera.
+
+        Returns:
+            camera -> [size, size, 3] uint8 RGB, upright.
+
+        Raises:
+            ConfigError: MuJoCo cannot render on this machine as it is set up.
+        """
+        import mujoco
+
+        sim = self._env.env.sim
+        if self._renderer is None:
+            self._renderer = _make_renderer(sim.model._model, self._size)
+        options = mujoco.MjvOption()
+        options.geomgroup[0] = 0  # collision shapes
+        images = {}
+        for name in self.cameras:
+            self._renderer.update_scene(sim.data._data, CAMERAS[name], options)
+            images[name] = self._renderer.render()
+        return images
+
+    def observation(self, joint_names: tuple[str, ...] = ()) -> Observation:
+        """What a policy may know of this step.
+
+        Args:
+            joint_names: elements of the proprioception, out of state.PROPRIO_NAMES.
+
+        Raises:
+            ConfigError: the robot has no such joint.
+        """
+        return Observation(
+            images=self.images(),
+            proprio=self.state.proprio(joint_names),
+            instruction=self.instruction,
+            stamp_ns=self.state.step * STEP_NS,
+        )
+
+    def close(self) -> None:
+        """Free the simulator; closing twice does no harm."""
+        self._renderer = None  # its context is freed with it
+        if self._env is not None:
+            self._env.close()
+            self._env = None
+
+    def _prepare_model(self, detail_m: float, size: int) -> None:
+        model = self._env.env.sim.model._model
+        if detail_m:
+            simplify_model(model, detail_m)
+        model.vis.quality.offsamples = 0  # several samples per pixel cost a third of the time
+        model.vis.global_.offwidth = model.vis.global_.offheight = max(size, 64)
+        arena = 'floor' if 'floor' in self._env.env.fixtures_dict else 'table'
+        camera = model.camera(CAMERAS['overhead'])
+        camera.fovy[:] = OVERHEAD_FOVY_DEG[arena]
+        camera.pos[:2] = OVERHEAD_CENTRE[arena]
+
+    def _place(self, layout: Mapping[str, np.ndarray]) -> None:
+        sim = self._env.env.sim
+        for name, point in layout.items():
+            joint = self._env.env.get_object(name).joints[-1]
+            pose = sim.data.get_joint_qpos(joint).copy()
+            pose[:2] = point
+            sim.data.set_joint_qpos(joint, pose)
+        sim.forward()
+
+    def _advance(self, action: np.ndarray) -> None:
+        self._observed, *_ = self._env.step(action)
+
+    def _read_state(self) -> SimState:
+        env, seen = self._env.env, self._observed
+        data = env.sim.data
+        places = {name: data.body_xpos[body].copy() for name, body in env.obj_body_id.items()}
+        places |= {name: data.get_site_xpos(name).copy() for name in env.object_sites_dict}
+        joints = np.concatenate((seen['robot0_joint_pos'], seen['robot0_gripper_qpos']))
+        return SimState(
+            step=self._steps,
+            joints=joints,
+            hand=seen['robot0_eef_pos'],
+            hand_xyzw=seen['robot0_eef_quat'],
+            places=places,
+        )
+
+
+def check_cameras(names: Sequence[str]) -> None:
+    """Nothing, when the simulator has all of these cameras.
+
+    Raises:
+        ConfigError: a name is not in CAMERAS.
+    """
+    unknown = [name for name in names if name not in CAMERAS]
+    if unknown:
+        raise ConfigError('robot.camera_names', unknown, f'the simulator has {list(CAMERAS)}')
+
+
+def _make_renderer(model: Any, size: int) -> Any:
+    import mujoco
+
+    try:
+        renderer = mujoco.Renderer(model, size, size)
+    except Exception as error:  # EGL, OSMesa, GLFW and mujoco each raise their own
+        raise _no_renderer(error) from error
+    renderer.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = 0  # a second pass over all triangles
+    return renderer
+
+
+def _no_renderer(error: Exception) -> ConfigError:
+    why = (
+        f'MuJoCo cannot render ({error}): start Python with MUJOCO_GL=egl after apt install '
+        'libegl1 libegl-mesa0 libgl1-mesa-dri, or with MUJOCO_GL=osmesa after apt install '
+        'libosmesa6'
+    )
+    return ConfigError('MUJOCO_GL', os.environ.get('MUJOCO_GL'), why)
+
+
+def _import_simulator() -> tuple[Any, str, Any]:
+    """LIBERO's benchmark module, its folder of tasks, and the class of its environments."""
+    # Software rendering with a thread per core is slower than with one for images of this size.
+    os.environ.setdefault('LP_NUM_THREADS', '1')
+    os.environ.setdefault('MUJOCO_GL', 'egl')  # mujoco reads it when it is first imported
+    logging.getLogger('robosuite_logs').setLevel(logging.ERROR)
+    try:
+        with _quiet():
+            libero = importlib.import_module('libero.libero')
+            benchmark = importlib.import_module('libero.libero.benchmark')
+            wrapper = importlib.import_module('libero.libero.envs.env_wrapper')
+    except ImportError as error:
+        package = (error.name or 'libero').partition('.')[0]
+        raise MissingDependencyError(package, 'the simulator', INSTALL, error) from error
+    except AttributeError as error:  # PyOpenGL, where a library that it wraps is missing
+        raise _no_renderer(error) from error
+    return benchmark, libero.get_libero_path('bddl_files'), wrapper.ControlEnv
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """LIBERO prints what is no news."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        yield
+
+
+@contextlib.contextmanager
+def _numpy_seed(seed: int) -> Iterator[None]:
+    """LIBERO draws from NumPy's global generator; the caller's is given back."""
+    before = np.random.get_state()
+    np.random.seed(seed)
+    try:
+        yield
+    finally:
+        np.random.set_state(before)
