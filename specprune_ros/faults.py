@@ -35,7 +35,8 @@ FAULTS: dict[str, Fault] = {
     # 2xx inputs: the message is refused or the query skipped, and the next good one serves
     'camera_missing': Fault(201, 'a camera never sent an image: no inference'),
     'camera_stale': Fault(202, 'the newest image of a camera is too old: no inference'),
-    'image_empty': Fault(203, 'an image without pixels'),
+    'camera_resized': Fault(203, 'a camera changed its image size: a new episode is needed'),
+    'image_empty': Fault(209, 'an image without pixels'),
     'image_shape': Fault(204, 'an image whose size and data do not fit'),
     'image_encoding': Fault(205, 'an image encoding that is not for colour images'),
     'image_step': Fault(206, 'rows that are shorter than the image is wide'),
@@ -52,7 +53,10 @@ FAULTS: dict[str, Fault] = {
     'instruction_missing': Fault(231, 'no instruction'),
     'instruction_empty': Fault(232, 'an empty instruction: the former one stays'),
     'instruction_too_long': Fault(233, 'an instruction that the model cannot take'),
+    'instruction_refused': Fault(235, 'an instruction while another task runs, or none may'),
     'instruction_encoding': Fault(234, 'an instruction with characters that are none'),
+    'action_names': Fault(236, 'an executed action of other elements than the robot has: ignored'),
+    'action_not_finite': Fault(237, 'an executed action that is not finite: ignored'),
     'stamp_missing': Fault(241, 'a header stamp of 0: the time of receipt is taken'),
     # 3xx inference
     'inference': Fault(301, 'an inference raised: this query gives no chunk'),
@@ -66,17 +70,22 @@ FAULTS: dict[str, Fault] = {
     # 5xx commands, in action_streamer
     'chunk_not_finite': Fault(501, 'a chunk with NaN or infinity: refused whole'),
     'chunk_shape': Fault(502, 'a chunk of another width or horizon: refused whole'),
-    'chunk_names': Fault(503, "a chunk whose action names differ from the robot's: refused whole"),
+    'chunk_names': Fault(503, "a chunk whose names or units are not the robot's: refused whole"),
     'chunk_step_dt': Fault(504, 'a chunk of another control period: refused whole'),
-    'chunk_space': Fault(505, 'a chunk of another action space: refused whole'),
+    'chunk_space': Fault(505, 'a chunk of another action space or frame: refused whole'),
     'chunk_epoch': Fault(506, 'a chunk of another epoch: discarded'),
     'chunk_stale': Fault(507, 'a chunk whose observation is too old: discarded'),
     'chunk_stand_in': Fault(508, 'a chunk of random stand-in weights: never sent'),
+    'chunk_dry_run': Fault(509, 'a chunk marked as not to be executed: never sent'),
+    'chunk_stamp': Fault(510, 'a chunk stamped in the future: discarded'),
     'position_limit': Fault(511, 'a command beyond a position limit: refused or clamped'),
     'velocity_limit': Fault(512, 'a command beyond a velocity limit: refused or clamped'),
     'step_limit': Fault(513, 'a command too far from the one before: refused or clamped'),
     'initial_step': Fault(514, 'a first command too far from the measured state: refused'),
     'starved': Fault(521, 'no chunk in time for the next control step: safety output'),
+    'task_ended': Fault(
+        522, 'the task ended or another began while commands went out: safety output'
+    ),
     # 6xx the system
     'clock_jump': Fault(601, 'the clock went backwards: buffers are dropped'),
     'peer_gone': Fault(602, 'the node at the other end is gone'),

@@ -1,4 +1,10 @@
 """From action chunks to commands that may leave for a robot. No ROS, no torch.
 
-chunk -> queue (which row is due) -> blending at the seam -> guards -> target on the wire.
+```
+chunk    chunk_checks -> queue (which row is due, blending)
+                           |
+arm      measured ---> player <-> motion (row -> displacement -> target), limits, grippers
+                           |
+orders   states, peer -> streamer -> targets.Command, or the one targets.Safety
+```
 """

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 
 from specprune_ros.config import RobotConfig, check_fields, setting
 from specprune_ros.errors import ConfigError
-from specprune_ros.types import ActionSpace
 
 JOINT_SPACES = ('joint_position', 'joint_velocity', 'joint_delta')
 CARTESIAN_SPACES = ('eef_delta_pose', 'eef_twist')
@@ -24,8 +23,8 @@ class StreamConfig:
 
     output: str = setting(
         'chunk',
-        'what goes to the robot: nothing, another node reads the chunks (chunk); '
-        'trajectory_msgs/JointTrajectory of one point (joint_trajectory); '
+        'what goes to the robot: nothing, another node executes the chunks and ~/enable is '
+        'refused (chunk); trajectory_msgs/JointTrajectory of one point (joint_trajectory); '
         'geometry_msgs/TwistStamped (twist); geometry_msgs/PoseStamped (pose)',
         choices=tuple(OUTPUTS),
     )
@@ -46,14 +45,14 @@ class StreamConfig:
     )  # fmt: skip
     translation_unit_m: float = setting(
         0.0,
-        'metres per control step that a translation of 1 stands for, where robot.action_units '
-        'says 1 (LIBERO: 0.05); 0: not known',
+        'metres that a translation of 1 really moves in a control step, where robot.action_units '
+        'says 1 (LIBERO: 0.013, although its controller asks for 0.05); 0: not known',
         low=0.0, high=1.0, unit='m',
     )  # fmt: skip
     rotation_unit_rad: float = setting(
         0.0,
-        'radians per control step that a rotation of 1 stands for, where robot.action_units says '
-        '1 (LIBERO: 0.5); 0: not known',
+        'radians that a rotation of 1 really moves in a control step, where robot.action_units '
+        'says 1 (LIBERO: 0.13, although its controller asks for 0.5); 0: not known',
         low=0.0, high=3.2, unit='rad',
     )  # fmt: skip
     twist: str = setting(
@@ -69,8 +68,9 @@ class StreamConfig:
     )
     gripper: str = setting(
         'none',
-        'how grippers are commanded: not at all; std_msgs/Float64MultiArray of their positions '
-        '(position); within the joint trajectory, for grippers that are joints of it (joint)',
+        'how grippers (robot.gripper_names, and in joint spaces what has unit 1) are commanded: '
+        'not at all; std_msgs/Float64MultiArray of their positions (position); within the joint '
+        'trajectory, for grippers that are joints of it (joint)',
         choices=('none', 'position', 'joint'),
     )
     gripper_closed: float = setting(0.0, 'action value that means closed', unit='action unit')
@@ -80,8 +80,8 @@ class StreamConfig:
     on_stall: str = setting(
         'hold',
         'the one safety output when streaming has to end: the measured position, or zero speed '
-        '(hold); zero speed, or an empty trajectory, which ends the running one (stop); nothing '
-        '(none)',
+        '(hold; without a fresh measurement as stop); zero speed, or a trajectory without points, '
+        'which ends the running one in controllers that know it (stop); nothing (none)',
         choices=('hold', 'stop', 'none'),
     )
     command_timeout_s: float = setting(
@@ -107,9 +107,19 @@ class StreamConfig:
             )
 
 
+def _as_long(*lists: tuple[float, ...]) -> list[tuple[float, ...]]:
+    """The lists, those of one value as long as the longest."""
+    longest = max(map(len, lists))
+    return [values * longest if len(values) == 1 else values for values in lists]
+
+
 @dataclass(frozen=True, kw_only=True)
 class LimitConfig:
-    """What may leave. Lists hold one value for all action elements, or one each."""
+    """What may leave, grippers aside: they only move between their two positions.
+
+    Lists hold one value for all action elements or one each; position limits of an end effector
+    one for all axes, or one for each of x, y, z.
+    """
 
     policy: str = setting(
         'reject',
@@ -124,19 +134,22 @@ class LimitConfig:
         (), 'greatest joint position (rad or m), or end-effector x, y, z (m); empty: no limit'
     )
     velocity_max: tuple[float, ...] = setting(
-        (), 'greatest speed of an action element, in rad/s or m/s; empty: no limit', low=1e-9
+        (),
+        'greatest speed of an action element, rad/s or m/s, as change of the command per control '
+        'period; of the first command, as distance from the measured state; empty: no limit',
+        low=1e-9,
     )
     max_step: tuple[float, ...] = setting(
         (),
-        'greatest change of a command from one control step to the next, in the unit of the '
-        'command on the wire (joints: rad or m; twist and pose: m and rad per step); empty: no '
-        'limit',
+        'greatest change of an action element from one command to the next, rad or m; of the '
+        'first command, from the measured state; of a twist, what it moves in a control period; '
+        'empty: no limit',
         low=1e-9,
     )
     max_initial_step: float = setting(
         0.1,
-        'greatest distance of the first command from the measured state: any joint (rad or m), '
-        'or the end-effector position (m)',
+        'greatest distance of the first command from the measured state, if velocity_max and '
+        'max_step allow so much: any joint (rad or m), or the end-effector position (m)',
         low=1e-9, high=10.0, unit='rad or m',
     )  # fmt: skip
 
@@ -145,6 +158,11 @@ class LimitConfig:
         if bool(self.position_min) != bool(self.position_max):
             raise ConfigError(
                 'limits.position_max', self.position_max, 'needs limits.position_min, or neither'
+            )
+        pairs = zip(*_as_long(self.position_min, self.position_max), strict=False)
+        if any(low > high for low, high in pairs):
+            raise ConfigError(
+                'limits.position_min', self.position_min, 'lies above limits.position_max'
             )
 
 
@@ -163,6 +181,53 @@ class StreamerConfig:
             raise ConfigError(
                 'stream.output', output, f'cannot be made of {space} actions; these can: {makes}'
             )
-        speeds = space == ActionSpace.JOINT_VELOCITY.name.lower()
-        if speeds and output != 'chunk' and not self.limits.velocity_max:
+        if self.stream.blending == 'frozen_prefix':
+            raise ConfigError(
+                'stream.blending',
+                'frozen_prefix',
+                'needs a head that is conditioned on the rows that stay, and chunks that say how '
+                'many those are: L1 regression and discrete tokens cannot be, and the diffusion '
+                'head here is not; take replace or ensemble',
+            )
+        if output == 'chunk':
+            return
+        self._check_limits()
+        self._check_gripper()
+        if space == 'joint_velocity' and not self.limits.velocity_max:
             raise ConfigError('limits.velocity_max', (), 'is needed for joint velocities')
+        if not (self.stream.dry_run or self.limits.velocity_max or self.limits.max_step):
+            raise ConfigError(
+                'limits.velocity_max', (), 'or limits.max_step is needed before anything moves'
+            )
+
+    @property
+    def grippers(self) -> tuple[str, ...]:
+        """Action elements that are grippers: by name, and in joint spaces those of unit 1."""
+        units = zip(self.robot.action_names, self.robot.per_action('action_units'), strict=True)
+        joints = self.robot.action_space in JOINT_SPACES
+        return tuple(
+            name
+            for name, unit in units
+            if name in self.robot.gripper_names or (joints and unit == '1')
+        )
+
+    def _check_limits(self) -> None:
+        width = len(self.robot.action_names)
+        axes = width if self.robot.action_space in JOINT_SPACES else 3
+        sizes = {
+            'position_min': axes, 'position_max': axes, 'velocity_max': width, 'max_step': width,
+        }  # fmt: skip
+        for name, count in sizes.items():
+            if len(getattr(self.limits, name)) not in (0, 1, count):
+                raise ConfigError(
+                    f'limits.{name}', getattr(self.limits, name), f'needs 1 or {count} elements'
+                )
+
+    def _check_gripper(self) -> None:
+        how = self.stream.gripper
+        if how == 'joint' and self.stream.output != 'joint_trajectory':
+            raise ConfigError('stream.gripper', how, 'needs stream.output joint_trajectory')
+        if how != 'none' and not self.grippers:
+            raise ConfigError(
+                'stream.gripper', how, 'no action element is a gripper: set robot.gripper_names'
+            )

@@ -1,0 +1,160 @@
+"""End-effector actions: displacements or speeds, to poses or twists."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from specprune_ros.errors import ConfigError
+from specprune_ros.streaming import rotation
+from specprune_ros.streaming.config import StreamerConfig
+from specprune_ros.streaming.limits import Limits
+from specprune_ros.streaming.measured import ORIGIN, Measured, Pose
+from specprune_ros.streaming.motion import Motion
+from specprune_ros.streaming.targets import PoseTarget, TwistTarget
+
+
+class CartesianMotion(Motion[Pose]):
+    """End-effector actions to poses or twists.
+
+    A row displaces the end effector by a translation in the robot's frame and a rotation vector,
+    also in the robot's frame: the orientation becomes exp(rotation) * orientation.
+
+    Source: OSC_POSE of robosuite, as LIBERO's demonstrations were recorded with it (differs: it
+    adds every delta to the measured pose; for pose output we add it to the last commanded one,
+    so that a controller's lag does not shorten the motion).
+    """
+
+    def __init__(self, config: StreamerConfig):
+        robot, stream = config.robot, config.stream
+        moving = (*robot.translation_names, *robot.rotation_names)
+        known = {*moving, *config.grippers}
+        if not moving or set(robot.action_names) - known or set(moving) - set(robot.action_names):
+            raise ConfigError(
+                'robot.action_names',
+                robot.action_names,
+                'must be robot.translation_names, rotation_names and grippers, no more and no '
+                f'less, for stream.output {stream.output}',
+            )
+        self.columns = np.array([robot.action_names.index(name) for name in moving], int)
+        self.limits = Limits.of(config.limits, robot, self.columns, cartesian=True)
+        self._frame_id, self._dt_s = robot.frame_id, robot.step_dt_s
+        self._scale = _scale(config, self.columns)
+
+    def measured(self, measured: Measured, now_ns: int) -> Pose:
+        """The measured pose."""
+        return measured.pose(now_ns)
+
+    def position(self, base: Pose) -> np.ndarray:
+        """[3] m."""
+        return base.position
+
+    def displacements(self, rows: np.ndarray, base: Pose) -> np.ndarray:
+        """[K, 6] m and rad."""
+        return rows[:, self.columns] * self._scale
+
+    def moved(self, base: Pose, move: np.ndarray) -> Pose:
+        """The pose that a translation and a rotation lead to."""
+        position = np.minimum(
+            np.maximum(base.position + move[:3], self.limits.low), self.limits.high
+        )
+        turn = rotation.from_rotation_vector(move[3:])
+        return Pose(position, rotation.compose(turn, base.quaternion))
+
+    def action(self, base: Pose, move: np.ndarray) -> np.ndarray:
+        """[6] in action units."""
+        return move / self._scale
+
+
+class PoseMotion(CartesianMotion):
+    """End-effector actions to poses."""
+
+    def target(self, base: Pose, move: np.ndarray) -> PoseTarget:
+        """The pose."""
+        return PoseTarget(
+            position=base.position, quaternion_xyzw=base.quaternion, frame_id=self._frame_id
+        )
+
+    def hold(self, measured: Measured, now_ns: int) -> PoseTarget | None:
+        """The measured pose; nothing beyond a limit is commanded, not even to stay there."""
+        pose = measured.pose(now_ns)
+        if self.limits.outside(pose.position).any():
+            return None
+        return self.target(pose, np.zeros(6))
+
+    def stop(self) -> None:
+        """No pose says stop."""
+        return None
+
+
+class TwistMotion(CartesianMotion):
+    """End-effector actions to twists: displacement of a row, divided by the control period."""
+
+    accumulates = False
+
+    def __init__(self, config: StreamerConfig):
+        super().__init__(config)
+        # Of a twist alone the pose is only needed to tell whether it leads out of bounds.
+        self._needs_pose = self.limits.has_positions
+        self._unit = self._dt_s
+        if config.stream.twist == 'unitless':
+            self._unit = self._scale
+            self.limits = self._within_one(known=config.stream.translation_unit_m > 0.0)
+
+    def _within_one(self, known: bool) -> Limits:
+        """The limits, and -1..1 besides; without metres, none on metres."""
+        return dataclasses.replace(
+            self.limits,
+            speed_step=np.minimum(self.limits.speed_step, self._scale),
+            initial=self.limits.initial if known else np.inf,
+        )
+
+    def measured(self, measured: Measured, now_ns: int) -> Pose:
+        """The measured pose; the origin where no position is limited."""
+        return measured.pose(now_ns) if self._needs_pose else ORIGIN
+
+    def target(self, base: Pose, move: np.ndarray) -> TwistTarget:
+        """The speed."""
+        twist = move / self._unit
+        return TwistTarget(linear=twist[:3], angular=twist[3:], frame_id=self._frame_id)
+
+    def hold(self, measured: Measured, now_ns: int) -> TwistTarget:
+        """Zero speed, whatever was measured."""
+        return self.stop()
+
+    def stop(self) -> TwistTarget:
+        """Zero speed."""
+        return self.target(ORIGIN, np.zeros(6))
+
+
+def _scale(config: StreamerConfig, columns: np.ndarray) -> np.ndarray:
+    """[6] m and rad per control step of an action of 1; 1 where that may stay unknown.
+
+    Raises:
+        ConfigError: a unit that is not one of a translation or rotation, or of unknown size.
+    """
+    robot, stream = config.robot, config.stream
+    twist = stream.output == 'twist' and stream.twist == 'unitless'
+    period = robot.step_dt_s if robot.action_space == 'eef_twist' else 1.0
+    kinds = [('translation_unit_m', 'm')] * 3 + [('rotation_unit_rad', 'rad')] * 3
+    scale = np.ones(6)
+    for element, (column, (field, unit)) in enumerate(zip(columns, kinds, strict=True)):
+        given, size = robot.per_action('action_units')[column], getattr(stream, field)
+        if given not in (unit, '1') or (twist and given != '1'):
+            wanted = "'1' for stream.twist unitless" if twist else f"{unit!r} or '1'"
+            raise ConfigError('robot.action_units', given, f'must be {wanted}')
+        if given == unit:
+            scale[element] = period
+        elif size > 0.0:
+            scale[element] = size
+        elif not twist or _limited(config):
+            raise ConfigError(
+                f'stream.{field}', size, 'must be known for speeds, poses and limits in SI units'
+            )
+    return scale
+
+
+def _limited(config: StreamerConfig) -> bool:
+    limits = config.limits
+    return bool(limits.position_min or limits.velocity_max or limits.max_step)

@@ -1,0 +1,34 @@
+"""Rotations as unit quaternions x, y, z, w."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+IDENTITY = np.array((0.0, 0.0, 0.0, 1.0))
+
+
+def from_rotation_vector(vector: Sequence[float]) -> np.ndarray:
+    """Quaternion [4] of a rotation about an axis: [3] axis times angle, rad."""
+    x, y, z = (float(value) for value in vector)
+    angle = math.hypot(x, y, z)
+    # sin(a / 2) / a, by its series where the quotient would lose its digits
+    share = math.sin(angle / 2) / angle if angle > 1e-6 else 0.5 - angle * angle / 48
+    return np.array((x * share, y * share, z * share, math.cos(angle / 2)))
+
+
+def compose(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Quaternion [4] of the rotation `right` followed by `left`, of norm 1."""
+    a, b, c, d = (float(value) for value in left)
+    e, f, g, h = (float(value) for value in right)
+    product = (
+        d * e + a * h + b * g - c * f,
+        d * f - a * g + b * h + c * e,
+        d * g + a * f - b * e + c * h,
+        d * h - a * e - b * f - c * g,
+    )
+    # Without this, rounding lets the norm wander over thousands of steps.
+    norm = math.hypot(*product)
+    return np.array(product) / norm
