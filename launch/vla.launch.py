@@ -1,25 +1,36 @@
-"""vla_node, its parameters from one file per axis, and optionally a replay.
+"""vla_node, its parameters from one file per axis, and optionally action_streamer and a replay.
 
 ros2 launch specprune_ros vla.launch.py recording:=/path/to/bag
 ros2 launch specprune_ros vla.launch.py robot:=libero_franka checkpoint:=/path/to/folder
+ros2 launch specprune_ros vla.launch.py robot:=aloha checkpoint:=/path stream:=joint_trajectory
+
+Nothing moves on account of this file alone: chunks are marked, and commands held back, until
+dry_run:=false; and the streamer sends nothing until its service ~/enable is called with true.
+
+With respawn:=true a node that died, vla_node too, is started again after RESPAWN_DELAY_S as a node
+that nobody vouches for: unconfigured and dry, whatever this launch was given. A person looks, and
+then sets dry_run, configures and activates it.
 """
 
 import os
+from dataclasses import dataclass
 
 from ament_index_python.packages import get_package_share_directory
 from launch.actions import (
     DeclareLaunchArgument,
     EmitEvent,
     IncludeLaunchDescription,
+    LogInfo,
     OpaqueFunction,
     RegisterEventHandler,
     SetEnvironmentVariable,
+    TimerAction,
 )
-from launch.event_handlers import OnProcessStart
+from launch.event_handlers import OnProcessExit, OnProcessStart
 from launch.events import matches_action
 from launch.launch_description_sources import PythonLaunchDescriptionSource
 from launch.substitutions import LaunchConfiguration
-from launch_ros.actions import LifecycleNode
+from launch_ros.actions import LifecycleNode, Node
 from launch_ros.event_handlers import OnStateTransition
 from launch_ros.events.lifecycle import ChangeState
 from launch_ros.parameter_descriptions import ParameterValue
@@ -29,6 +40,8 @@ from launch import LaunchContext, LaunchDescription
 from specprune_ros.config_files import load_config
 
 SHARE = get_package_share_directory('specprune_ros')
+RESPAWN_DELAY_S = 2.0
+STREAMS = ('none', 'chunk', 'joint_trajectory', 'twist', 'pose')
 ARGUMENTS = {
     'robot': (
         '',
@@ -45,8 +58,17 @@ ARGUMENTS = {
     'namespace': ('', 'namespace of all nodes'),
     'use_sim_time': ('false', 'take time from /clock'),
     'log_level': ('info', 'debug, info, warn or error'),
-    'autostart': ('true', 'configure and activate at once'),
-    'dry_run': ('', 'true or false: mark chunks as not to be executed; empty: as the files say'),
+    'stream': (
+        'none',
+        'start action_streamer, and what it sends; none: it is not started',
+    ),
+    'autostart': ('true', 'configure and activate at once; never enables motion'),
+    'respawn': ('false', 'start a node that died again: unconfigured, and dry'),
+    'dry_run': (
+        '',
+        'true or false: mark chunks as not to be executed, and hold commands back; empty: as the '
+        'files say',
+    ),
     'recording': ('', 'replay this recording as well'),
     'rate': ('1.0', 'speed of the replay'),
     'loop': ('true', 'replay again and again'),
@@ -73,8 +95,23 @@ def parameter_files(value: dict[str, str]) -> list[str]:
     return [*files, value['params_file']] if value['params_file'] else files
 
 
-def parameter_overrides(value: dict[str, str]) -> dict[str, object]:
-    """Parameters that arguments set, flat names -> values."""
+@dataclass(frozen=True)
+class NodeSpec:
+    """One of our lifecycle nodes.
+
+    Attributes:
+        executable: also its name.
+        parameters: files and values, later ones first in rank.
+        dry_run: the parameter that keeps it from moving anything.
+    """
+
+    executable: str
+    parameters: list
+    dry_run: str
+
+
+def vla_overrides(value: dict[str, str]) -> dict[str, object]:
+    """Parameters of vla_node that arguments set, flat names -> values."""
     overrides: dict[str, object] = {}
     if value['checkpoint']:
         # Relative to where launch was started, wherever the node runs.
@@ -91,68 +128,138 @@ def parameter_overrides(value: dict[str, str]) -> dict[str, object]:
     return overrides
 
 
-def autostart_events(node: LifecycleNode) -> list:
-    """Configure when the process is up, activate when it is configured; Humble can do this too."""
+def streamer_overrides(value: dict[str, str]) -> dict[str, object]:
+    """Parameters of action_streamer that arguments set, flat names -> values."""
+    overrides: dict[str, object] = {'stream.output': value['stream']}
+    if value['dry_run']:
+        overrides['stream.dry_run'] = value['dry_run'].lower() != 'false'
+    return overrides
 
-    def change(transition: int) -> EmitEvent:
-        matcher = matches_action(node)
-        return EmitEvent(
-            event=ChangeState(lifecycle_node_matcher=matcher, transition_id=transition)
-        )
 
-    configure = change(Transition.TRANSITION_CONFIGURE)
-    activate = change(Transition.TRANSITION_ACTIVATE)
+def node_specs(value: dict[str, str]) -> list[NodeSpec]:
+    """The nodes to start; both read the same files."""
+    given = {'vla_node': vla_overrides(value)}
+    if value['stream'] != 'none':
+        given['action_streamer'] = streamer_overrides(value)
+    dry_run = {'vla_node': 'runtime.dry_run', 'action_streamer': 'stream.dry_run'}
+    common = {'use_sim_time': value['use_sim_time'].lower() == 'true'}
+    files = parameter_files(value)
     return [
-        RegisterEventHandler(OnProcessStart(target_action=node, on_start=[configure])),
-        RegisterEventHandler(
-            OnStateTransition(
-                target_lifecycle_node=node,
-                start_state='configuring',
-                goal_state='inactive',
-                entities=[activate],
-            )
+        NodeSpec(name, [*files, {**as_given(overrides), **common}], dry_run[name])
+        for name, overrides in given.items()
+    ]
+
+
+def as_given(overrides: dict[str, object]) -> dict[str, object]:
+    """Else launch reads a text as YAML, in which a folder `/a #1` is `/a`."""
+    texts = {name: text for name, text in overrides.items() if isinstance(text, str)}
+    return {**overrides, **{k: ParameterValue(text, value_type=str) for k, text in texts.items()}}
+
+
+def started(spec: NodeSpec, value: dict[str, str]) -> list:
+    """Actions that run one node."""
+    node = LifecycleNode(parameters=spec.parameters, **process(spec, value))
+    pending = ['configure', 'activate'] if value['autostart'].lower() == 'true' else []
+    handlers = autostart_handlers(node, pending)
+    if value['respawn'].lower() == 'true':
+        handlers.append(respawn_handler(node, spec, value, pending))
+    # The handlers come first: the process may be up before the next action is visited.
+    return [*map(RegisterEventHandler, handlers), node]
+
+
+def process(spec: NodeSpec, value: dict[str, str]) -> dict[str, object]:
+    """What a node's first process and the next ones share."""
+    return {
+        'package': 'specprune_ros',
+        'executable': spec.executable,
+        'name': spec.executable,
+        'namespace': value['namespace'],
+        'ros_arguments': ['--log-level', value['log_level']],
+        'output': 'screen',
+    }
+
+
+def autostart_handlers(node: LifecycleNode, pending: list[str]) -> list:
+    """Configure when the process is up, activate when it is configured; Humble can do this too.
+
+    Each happens once, and leaves `pending`: who cleans the node up and configures it by hand
+    decides by hand whether it acts.
+    """
+    ids = {
+        'configure': Transition.TRANSITION_CONFIGURE,
+        'activate': Transition.TRANSITION_ACTIVATE,
+    }
+
+    def change(transition: str) -> OpaqueFunction:
+        def emit(context: LaunchContext) -> list:
+            if transition not in pending:
+                return []
+            pending.remove(transition)
+            matcher = matches_action(node)
+            event = ChangeState(lifecycle_node_matcher=matcher, transition_id=ids[transition])
+            return [EmitEvent(event=event)]
+
+        return OpaqueFunction(function=emit)
+
+    return [
+        OnProcessStart(target_action=node, on_start=[change('configure')]),
+        OnStateTransition(
+            target_lifecycle_node=node,
+            start_state='configuring',
+            goal_state='inactive',
+            entities=[change('activate')],
         ),
     ]
+
+
+def respawn_handler(
+    node: LifecycleNode, spec: NodeSpec, value: dict[str, str], pending: list[str]
+) -> OnProcessExit:
+    """Not launch's own respawn at first: it repeats the command line, dry_run:=false and all."""
+
+    def restart(context: LaunchContext) -> list:
+        pending.clear()  # `node` still hears the transitions of its successor
+        if context.is_shutdown:
+            return []
+        text = f'{spec.executable} died: it comes back unconfigured and dry'
+        parameters = [*spec.parameters, {spec.dry_run: True}]
+        again = {'respawn': True, 'respawn_delay': RESPAWN_DELAY_S}
+        successor = Node(parameters=parameters, **process(spec, value), **again)
+        delayed = TimerAction(period=RESPAWN_DELAY_S, actions=[successor])
+        return [LogInfo(msg=text), delayed]
+
+    return OnProcessExit(target_action=node, on_exit=[OpaqueFunction(function=restart)])
 
 
 def setup(context: LaunchContext) -> list:
     """Actions that need the arguments' values."""
     value = {name: LaunchConfiguration(name).perform(context) for name in ARGUMENTS}
-    files, overrides = parameter_files(value), parameter_overrides(value)
-    texts = {name: text for name, text in overrides.items() if isinstance(text, str)}
-    # Else launch reads a text as YAML, in which a folder `/a #1` is `/a`.
-    texts = {name: ParameterValue(text, value_type=str) for name, text in texts.items()}
-    node = LifecycleNode(
-        package='specprune_ros',
-        executable='vla_node',
-        name='vla_node',
-        namespace=value['namespace'],
-        parameters=[
-            *files,
-            {**overrides, **texts},
-            {'use_sim_time': value['use_sim_time'].lower() == 'true'},
-        ],
-        ros_arguments=['--log-level', value['log_level']],
-        output='screen',
-    )
-    # The handlers come first: the process may be up before the next action is visited.
-    actions = [*(autostart_events(node) if value['autostart'].lower() == 'true' else []), node]
+    actions = [action for spec in node_specs(value) for action in started(spec, value)]
     if value['recording']:
-        replay = os.path.join(SHARE, 'launch', 'replay.launch.py')
-        names = ('recording', 'rate', 'loop', 'namespace', 'use_sim_time', 'log_level')
-        arguments = {name: value[name] for name in names}
-        arguments['transport'] = load_config(files, overrides).robot.camera_transports[0]
-        actions.append(
-            IncludeLaunchDescription(
-                PythonLaunchDescriptionSource(replay), launch_arguments=arguments.items()
-            )
-        )
+        actions.append(replay(value))
     return actions
+
+
+def replay(value: dict[str, str]) -> IncludeLaunchDescription:
+    """The replay, with what it shares with the nodes."""
+    names = ('recording', 'rate', 'loop', 'namespace', 'use_sim_time', 'log_level')
+    arguments = {name: value[name] for name in names}
+    robot = load_config(parameter_files(value), vla_overrides(value)).robot
+    arguments['transport'] = robot.camera_transports[0]
+    source = os.path.join(SHARE, 'launch', 'replay.launch.py')
+    return IncludeLaunchDescription(
+        PythonLaunchDescriptionSource(source), launch_arguments=arguments.items()
+    )
 
 
 def generate_launch_description() -> LaunchDescription:
     arguments = [
-        DeclareLaunchArgument(name, default_value=default, description=text)
+        DeclareLaunchArgument(
+            name,
+            default_value=default,
+            description=text,
+            choices=STREAMS if name == 'stream' else None,
+        )
         for name, (default, text) in ARGUMENTS.items()
     ]
     # An image does not fit Fast DDS's default shared-memory segment.

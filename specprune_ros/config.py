@@ -221,9 +221,33 @@ class ModelConfig:
         0, 'seed of the stand-in weights and of diffusion noise', low=0, high=2**31 - 1
     )
     threads: int = setting(0, 'CPU threads of torch; 0 leaves its default', low=0, high=256)
+    cuda_graph: str = setting(
+        'auto',
+        'record a query of each kind once as a CUDA graph and replay it: auto where it can be; '
+        'on: also say at load when it cannot; off',
+        choices=('auto', 'on', 'off'),
+    )
+    fused: bool = setting(
+        True, 'one projection for query, key and value of a decoder layer, and one for gate and up'
+    )
+    attention: str = setting(
+        'sdpa',
+        'sdpa: fused attention kernels in the decoder; eager: probabilities are formed, the '
+        'baseline of many published speedups',
+        choices=('sdpa', 'eager'),
+    )
+    compile: bool = setting(False, 'torch.compile the decoder layers; the first queries are slow')
+    quantization: str = setting(
+        'none',
+        'number format of the matrix products of the decoder layers, weights and activations, by '
+        'torchao: changes the actions; fp8 needs a GPU of compute capability 8.9 or more',
+        choices=('none', 'int8', 'fp8'),
+    )
 
     def __post_init__(self) -> None:
         check_fields('model', self)
+        if self.quantization != 'none' and not self.fused:
+            raise ConfigError('model.quantization', self.quantization, 'needs model.fused')
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -339,8 +363,10 @@ class PruneConfig:
         low=0.0, unit='1', live=True,
     )  # fmt: skip
     guard_recall: float = setting(
-        0.5, 'recall (Eq. 1) below which the guard relaxes pruning', low=0.0, high=1.0, unit='1',
-        live=True,
+        0.5,
+        "share of the dense query's important patches that pruning kept to the end, below which "
+        'the guard relaxes pruning',
+        low=0.0, high=1.0, unit='1', live=True,
     )  # fmt: skip
     guard_step: float = setting(
         0.1, 'by how much the guard raises alpha at a time', low=0.01, high=1.0, unit='1'
@@ -388,7 +414,31 @@ class RuntimeConfig:
         'before says little by then',
         low=0.1, high=3600.0, unit='s',
     )  # fmt: skip
+    task_timeout_s: float = setting(
+        300.0,
+        'a task ends after so long unless its goal says otherwise; 0: never. A task from '
+        '~/instruction has no end',
+        low=0.0, high=86400.0, unit='s',
+    )  # fmt: skip
+    input_timeout_s: float = setting(
+        5.0,
+        'a task ends when an input is missing or stale for so long; one from ~/instruction waits',
+        low=0.1, high=3600.0, unit='s',
+    )  # fmt: skip
+    max_failures: int = setting(
+        5, 'failed inferences in a row after which a task ends', low=1, high=1000
+    )
+    inference_deadline_s: float = setting(
+        10.0,
+        'an inference that takes longer hangs: the task ends, and nothing runs until ~/reset',
+        low=0.05, high=600.0, unit='s',
+    )  # fmt: skip
     warm_up_queries: int = setting(2, 'inferences on grey images at configure', low=0, high=100)
+    overlay_rate_hz: float = setting(
+        10.0,
+        'overlays per second and camera at most; 0: none',
+        low=0.0, high=60.0, unit='Hz', live=True,
+    )  # fmt: skip
     overlay_opacity: float = setting(
         0.45, 'how strongly the overlay colours patches', low=0.0, high=1.0, unit='1', live=True
     )

@@ -89,6 +89,8 @@ class Episode:
         sizes: camera -> (rows, cols) of its raw images.
         absent: cameras without an image at some executed step, or refused query, since the last
             query.
+        executed: stamps of the executed actions since the last query, each with those of the
+            images that were newest then, by camera.
     """
 
     epoch: int
@@ -107,3 +109,4 @@ class Episode:
     frames: FrameHistory = field(default_factory=FrameHistory)
     sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
     absent: set[str] = field(default_factory=set)
+    executed: list[tuple[int, Mapping[str, int]]] = field(default_factory=list)

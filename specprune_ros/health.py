@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections import Counter, deque
@@ -29,6 +30,11 @@ class Health:
         self._discarded = 0
         self._modes: Counter[str] = Counter()
         self._report: PruneReport | None = None
+        self._newest: tuple[str, str] = ('', '')
+        self._arrived: Counter[str] = Counter()
+        self._rates_since = time.monotonic()
+        self._clamped = 0
+        self._compared = 0
 
     def fault(self, code: str, message: str) -> bool:
         """Count a fault.
@@ -43,6 +49,7 @@ class Health:
             self._faults[code] += 1
             self._since_last_look += 1
             self._messages[code] = message
+            self._newest = (code, message)
             if now - self._logged_at.get(kind, -REPEAT_S) < REPEAT_S:
                 return False
             if len(self._logged_at) >= KINDS_KEPT:
@@ -57,11 +64,40 @@ class Health:
             self._latency_s.append(result.report.latency_total_s)
             self._modes[Mode(result.report.mode).name.lower()] += 1
             self._report = result.report
+            self._compared += bool(np.isfinite(result.report.guard_disagreement))
+            self._clamped += result.chunk.clamped
 
     def discarded(self) -> None:
         """Count a result that came too late to be published (stopped, or a new epoch)."""
         with self._lock:
             self._discarded += 1
+
+    def arrived(self, stream: str) -> None:
+        """Count a message of an input."""
+        with self._lock:
+            self._arrived[stream] += 1
+
+    def rates_hz(self) -> dict[str, float]:
+        """Input -> messages per second since the last call."""
+        now = time.monotonic()
+        with self._lock:
+            counts, self._arrived = self._arrived, Counter()
+            passed, self._rates_since = max(now - self._rates_since, 1e-3), now
+        return {stream: count / passed for stream, count in counts.items()}
+
+    @property
+    def report(self) -> PruneReport | None:
+        """Of the newest query."""
+        return self._report
+
+    @property
+    def newest_fault(self) -> tuple[str, str]:
+        """Code and message of the newest fault; both empty when there is none."""
+        return self._newest
+
+    def forgive(self) -> None:
+        """No fault counts as the newest any more; the counts stay."""
+        self._newest = ('', '')
 
     def faults(self) -> tuple[dict[str, int], dict[str, str], int]:
         """Counts by code, the last message of each, and how many came since the last call."""
@@ -79,6 +115,20 @@ class Health:
                 figures['latency p95 ms'] = f'{np.percentile(latency, 95):.1f}'
             return figures
 
+    def guard(self) -> dict[str, str]:
+        """What the limits and the pruning guard did, as text."""
+        with self._lock:
+            figures = {
+                'clamped elements': str(self._clamped),
+                'actions not finite': str(self._faults['action']),
+                'pruning failures': str(self._modes['fallback']),
+                'queries compared with dense': str(self._compared),
+            }
+            report = self._report
+        if report is not None and np.isfinite(report.guard_disagreement):
+            figures['disagreement'] = f'{report.guard_disagreement:.4f}'
+        return figures
+
     def pruning(self) -> dict[str, str]:
         """Figures of pruning, as text."""
         with self._lock:
@@ -87,6 +137,7 @@ class Health:
         if report is None:
             return figures
         total = max(int(report.tokens_total.sum()), 1)
+        figures['alpha'] = f'{report.alpha:.2f}'
         figures['method'] = report.method
         figures['mode'] = Mode(report.mode).name.lower()
         figures['mode reason'] = report.mode_reason
@@ -98,3 +149,61 @@ class Health:
         if report.fallback_reason:
             figures['fallback reason'] = report.fallback_reason
         return figures
+
+
+class Presence:
+    """Whether somebody who was there still is. Times are steady seconds, passed in.
+
+    Args:
+        timeout_s: who was silent for longer is gone.
+    """
+
+    def __init__(self, timeout_s: float):
+        self._timeout_s = timeout_s
+        self._seen_s: float | None = None
+        self._told = False
+
+    def seen(self, now_s: float) -> None:
+        """There it is."""
+        self._seen_s, self._told = now_s, False
+
+    def forget(self) -> None:
+        """Nobody is expected any more."""
+        self._seen_s, self._told = None, False
+
+    @property
+    def is_known(self) -> bool:
+        """Whether it was ever there."""
+        return self._seen_s is not None
+
+    def is_gone(self, now_s: float) -> bool:
+        """Whether it was there and is no longer."""
+        return self._seen_s is not None and now_s - self._seen_s > self._timeout_s
+
+    def went(self, now_s: float) -> bool:
+        """`is_gone`, but True only once for every loss."""
+        told, self._told = self._told, self.is_gone(now_s)
+        return self._told and not told
+
+
+def keep_ratio(report: PruneReport) -> float:
+    """Share of the visual tokens that an inference kept to the end, unit 1."""
+    total = int(report.tokens_total.sum())
+    return float(report.tokens_kept.sum()) / total if total else 1.0
+
+
+def gpu_memory() -> dict[str, str]:
+    """Memory that torch holds on its current GPU, as text; empty where it uses none.
+
+    From the allocator's own books: asking the driver could wait for a running kernel.
+    """
+    torch = sys.modules.get('torch')
+    if torch is None or not torch.cuda.is_available() or not torch.cuda.is_initialized():
+        return {}
+    total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    return {
+        'gpu memory allocated MiB': f'{torch.cuda.memory_allocated() / 2**20:.0f}',
+        'gpu memory reserved MiB': f'{torch.cuda.memory_reserved() / 2**20:.0f}',
+        'gpu memory peak MiB': f'{torch.cuda.max_memory_allocated() / 2**20:.0f}',
+        'gpu memory total MiB': f'{total / 2**20:.0f}',
+    }

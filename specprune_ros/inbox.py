@@ -80,9 +80,14 @@ class Inbox:
         self._instruction: str | None = None
 
     @property
-    def has_task(self) -> bool:
-        """Whether an instruction came."""
-        return self._instruction is not None
+    def joint_names(self) -> tuple[str, ...]:
+        """Elements of the proprioceptive state, in model order."""
+        return self._robot.joint_names
+
+    @property
+    def instruction(self) -> str | None:
+        """The newest instruction."""
+        return self._instruction
 
     @property
     def images(self) -> Mapping[str, np.ndarray | CameraImage]:
@@ -93,6 +98,11 @@ class Inbox:
         """Camera -> its newest image, without the cameras whose image is stale."""
         oldest = now_ns - self._limits_s['camera'] * NS
         return {name: image for name, (stamp, image) in self._images.items() if stamp >= oldest}
+
+    @property
+    def image_stamps_ns(self) -> Mapping[str, int]:
+        """Camera -> stamp of its newest image."""
+        return {name: stamp for name, (stamp, _) in self._images.items()}
 
     def put_image(self, camera: str, stamp_ns: int, image: np.ndarray | CameraImage) -> None:
         """Keep a camera's newest image."""
@@ -181,30 +191,45 @@ class Inbox:
             for name, stamp in stamps.items()
         }
 
-    def observation(self, now_ns: int) -> Observation:
-        """All inputs together.
+    def check(self, now_ns: int) -> None:
+        """Refuse inputs that are no observation, whatever the instruction.
 
         Raises:
             ObservationError: an input never came, or is older than allowed.
         """
-        if self._instruction is None:
+        for name, age in self.age_s(now_ns).items():
+            self._check_age(name, age)
+
+    def observation(self, now_ns: int, instruction: str = '') -> Observation:
+        """All inputs together.
+
+        Args:
+            now_ns: what ages count to.
+            instruction: instead of the newest one.
+
+        Raises:
+            ObservationError: an input never came, or is older than allowed.
+        """
+        instruction = instruction or self._instruction
+        if instruction is None:
             raise ObservationError(
                 'instruction_missing', 'instruction', None, 'no instruction came yet'
             )
-        for name, age in self.age_s(now_ns).items():
-            self._check_age(name, age)
+        self.check(now_ns)
         inputs = (*self._images.values(), *self._proprio.values())
         return Observation(
             images=self.images,
-            proprio=self._proprio_vector(),
-            instruction=self._instruction,
+            proprio=self.proprio,
+            instruction=instruction,
             stamp_ns=min(stamp for stamp, _ in inputs),
-            image_stamps_ns={name: stamp for name, (stamp, _) in self._images.items()},
+            image_stamps_ns=self.image_stamps_ns,
+            proprio_stamps_ns=tuple(self._proprio[name][0] for name in self._inputs),
         )
 
-    def _proprio_vector(self) -> np.ndarray | None:
-        """[P] in the order of the robot's joint_names."""
-        if not self._inputs:
+    @property
+    def proprio(self) -> np.ndarray | None:
+        """[P] in the order of the robot's joint_names; None before all of it came, or without."""
+        if not self._inputs or len(self._proprio) < len(self._inputs):
             return None
         values: dict[str, float] = {}
         for _, elements in self._proprio.values():
@@ -220,3 +245,47 @@ class Inbox:
             raise ObservationError(
                 f'{kind}_stale', name, f'{age:.3f} s old', f'must be within {limit:g} s of now'
             )
+
+
+class QueryTrigger:
+    """When to query: at a rate, and then on the image that completes a set of new ones.
+
+    A timer alone would take images that are up to a frame period old. When a camera is late, the
+    query goes out without its new image, or tells what is missing.
+
+    Args:
+        cameras: whose images make a set.
+        period_ns: between queries, on average at least.
+    """
+
+    PATIENCE_NS = NS // 10  # that a due query waits for a set; a camera of 10 Hz gives one
+    START_PATIENCE_NS = NS // 2  # likewise, the first one: streams have yet to be discovered
+
+    def __init__(self, cameras: Sequence[str], period_ns: int):
+        self._cameras = frozenset(cameras)
+        self._period_ns = period_ns
+        self._patience_ns = self.START_PATIENCE_NS
+        self._due_ns = 0
+        self._new: set[str] = set()
+
+    def start(self, now_ns: int) -> None:
+        """A query is due from now on."""
+        self._due_ns, self._patience_ns = now_ns, self.START_PATIENCE_NS
+        self._new.clear()
+
+    def image(self, camera: str, now_ns: int) -> bool:
+        """An image came; whether it completes a set while a query is due."""
+        if now_ns < self._due_ns:
+            return False
+        self._new.add(camera)
+        return self._new >= self._cameras
+
+    def is_overdue(self, now_ns: int) -> bool:
+        """Whether a due query has waited long enough for its set."""
+        return now_ns - self._due_ns >= self._patience_ns
+
+    def queried(self, now_ns: int) -> None:
+        """A query went out; the next is due a period after this one was."""
+        self._due_ns = max(self._due_ns + self._period_ns, now_ns)
+        self._patience_ns = min(self.PATIENCE_NS, self._period_ns // 2)
+        self._new.clear()

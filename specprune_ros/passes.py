@@ -12,10 +12,11 @@ from torch import Tensor
 
 from specprune_ros.config import PruneConfig
 from specprune_ros.models.base import Prompt, VLAModel
-from specprune_ros.models.decoder import QueryDecoder
+from specprune_ros.models.decoder import Decoder, QueryDecoder
 from specprune_ros.pruning.base import PruneMethod, PruneRun, PruneTrace, QueryContext
 from specprune_ros.pruning.guard import GuardState, after_check, checks_now, kept_share
 from specprune_ros.timing import StageClock
+from specprune_ros.token_layout import TokenLayout
 from specprune_ros.types import Mode
 
 KEEP_ALL = 1.0  # keep_floor of a pass in which nothing may go
@@ -49,6 +50,7 @@ class Outcome:
         fallback: why it ran dense, or empty.
         disagreement: of pruned and dense actions; NaN where not compared.
         dense_passes: those beside the one that `done.trace` is of.
+        layout: of the query's sequence; None before `Query` says.
     """
 
     done: Pass
@@ -56,6 +58,7 @@ class Outcome:
     fallback: str = ''
     disagreement: float = math.nan
     dense_passes: int = 0
+    layout: TokenLayout | None = None
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -69,6 +72,8 @@ class QueryPasses:
         prompt: the query, embedded.
         context: what the method may know of it.
         clock: told what took how long.
+        decoder: the model's in the form in which it runs; None: as the model offers it.
+        check: whether keep sets are read back and checked; None: where that costs nothing.
     """
 
     model: VLAModel
@@ -77,6 +82,8 @@ class QueryPasses:
     prompt: Prompt
     context: QueryContext
     clock: StageClock
+    decoder: Decoder | None = None
+    check: bool | None = None
 
     def act(self, guard: GuardState) -> Outcome:
         """Actions with pruning, or dense when the guard or anything that fails says so.
@@ -125,8 +132,15 @@ class QueryPasses:
 
     def _run(self, run: PruneRun, keep_floor: float) -> Pass:
         layout, lap = self.prompt.layout, self.clock.lap
-        decoder = QueryDecoder(self.model.decoder, layout, run, keep_floor=keep_floor, lap=lap)
-        actions = self.model.act(self.prompt, decoder)
+        decode = QueryDecoder(
+            self.decoder or self.model.decoder,
+            layout,
+            run,
+            keep_floor=keep_floor,
+            lap=lap,
+            check=self.check,
+        )
+        actions = self.model.act(self.prompt, decode)
         lap('act')
         done = Pass(actions, run.trace(), run.memory())
         lap('trace')

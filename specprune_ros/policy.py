@@ -5,7 +5,10 @@ Works without ROS: from a script, a simulator, a server, or `ros/vla_node.py`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -18,18 +21,22 @@ from specprune_ros.checks import (
     executed_displacement,
 )
 from specprune_ros.config import PolicyConfig, PruneConfig
-from specprune_ros.episode import Episode, Frame
+from specprune_ros.episode import Episode, Frame, FrameHistory
 from specprune_ros.errors import ActionError, ConfigError, ObservationError
+from specprune_ros.host_copy import DeferredResult, HostCopy
 from specprune_ros.images import CameraImage, as_rgb, turned
 from specprune_ros.models import load, pick_device
 from specprune_ros.models.base import VLAModel
-from specprune_ros.passes import Outcome, QueryPasses
+from specprune_ros.models.forms import prepared
+from specprune_ros.models.staging import make_stager
+from specprune_ros.passes import Outcome
 from specprune_ros.pruning import check_depth, make_method
-from specprune_ros.pruning.base import PruneMethod, QueryContext
+from specprune_ros.pruning.base import PruneMethod, PruneTrace, QueryContext
 from specprune_ros.pruning.guard import GuardState
 from specprune_ros.pruning.motion import motion_of
-from specprune_ros.pruning.scores import patch_similarity
-from specprune_ros.report import View, make_report
+from specprune_ros.query import Query, QueryInputs
+from specprune_ros.query_graph import CudaRecorder, QueryGraphs
+from specprune_ros.report import View, input_stamps, make_report
 from specprune_ros.robot_action import to_robot, within_limits
 from specprune_ros.timing import StageClock
 from specprune_ros.token_layout import TokenLayout
@@ -39,6 +46,7 @@ from specprune_ros.types import (
     ExecutedAction,
     Observation,
     PolicyResult,
+    PruneReport,
 )
 
 
@@ -50,7 +58,9 @@ class Policy:
     Attributes:
         model: the loaded model.
         config: all axes.
-        last_laps_s: stage or part of it (timing.STAGES, timing.PRUNING) -> seconds, last query.
+        decoder: the model's, in the form in which this policy runs it.
+        graphs: what records and replays its queries; None where all run eagerly.
+        last_laps_s: stage or part of it (timing) -> seconds, last query.
 
     Args:
         model: a loaded model.
@@ -67,12 +77,28 @@ class Policy:
         self._check_robot()
         self._check_pruning(config.pruning)
         self._device = pick_device(config.model.device)
+        self.decoder = prepared(model.decoder, config.model)
+        self._stager = make_stager(model, self._device)
+        self.graphs = self._make_graphs()
         self._method = method or make_method(config.pruning)
         self._method.check_depth(len(model.decoder.layers))
         self._rotations = config.robot.per_camera('camera_rotations')
         self._episode = Episode(epoch=1)
         self._chunks = 0
         self.last_laps_s: dict[str, float] = {}
+
+    def _make_graphs(self) -> QueryGraphs | None:
+        """None where nothing is recorded.
+
+        Raises:
+            ConfigError: a recording is asked for, and cannot be.
+        """
+        wanted, cuda = self.config.model.cuda_graph, self._device.type == 'cuda'
+        if wanted == 'on' and not cuda:
+            raise ConfigError('model.cuda_graph', wanted, f'{self._device} has no CUDA graphs')
+        if wanted == 'on' and self.decoder.causal:
+            raise ConfigError('model.cuda_graph', wanted, 'a causal model goes token by token')
+        return QueryGraphs(CudaRecorder(self._device)) if cuda and wanted != 'off' else None
 
     @classmethod
     def load(cls, config: PolicyConfig) -> Policy:
@@ -139,6 +165,7 @@ class Policy:
         self,
         action: ExecutedAction | None,
         images: Mapping[str, np.ndarray | CameraImage] | None = None,
+        image_stamps_ns: Mapping[str, int] | None = None,
     ) -> bool:
         """Tell the policy that one control step was executed; a dry run's action was not.
 
@@ -147,6 +174,8 @@ class Policy:
             images: the newest camera images when it was sent, if there are any. They are decoded
                 only if a query compares with them, so a caller hands them over as they came. A
                 camera that is missing among others was away: at the next query all of it stays.
+            image_stamps_ns: camera -> its image's stamp, where a caller knows them: the report
+                names by them what the query went by.
 
         Returns:
             True when the rest of the chunk should be replaced by a new query at once: motion
@@ -158,6 +187,13 @@ class Policy:
         """
         if action is not None and action.dry_run:
             return False
+        if action is not None:
+            self._episode.executed.append((action.stamp_ns, image_stamps_ns or {}))
+        self._count_step(images)
+        moved = None if action is None else executed_displacement(action, self.config.robot)
+        return moved is not None and self._moved(*moved)
+
+    def _count_step(self, images: Mapping[str, np.ndarray | CameraImage] | None) -> None:
         episode = self._episode
         if images:
             episode.frames.push(Frame(episode.step, dict(images)))
@@ -165,19 +201,15 @@ class Policy:
         episode.step += 1
         episode.counts_steps = True
         episode.motion = None
-        moved = None if action is None else executed_displacement(action, self.config.robot)
-        if moved is None:
-            return False
-        translation, rotation = moved
+
+    def _moved(self, translation: np.ndarray, rotation: np.ndarray) -> bool:
+        """Tell the controller of one step's motion; whether it asks for a new query."""
+        episode, was_fine = self._episode, self._episode.fine
         episode.displacement = episode.displacement + translation
         episode.motion = motion_of(translation, rotation)
-        was_fine, episode.fine = (
-            episode.fine,
-            self._method.next_fine(episode.fine, episode.motion),
-        )
+        episode.fine = self._method.next_fine(was_fine, episode.motion)
         pruning = self.config.pruning
-        turned_fine = episode.fine and not was_fine
-        return pruning.replan_on_fine and pruning.controller and turned_fine
+        return pruning.replan_on_fine and pruning.controller and episode.fine and not was_fine
 
     def infer(self, observation: Observation) -> PolicyResult:
         """One query.
@@ -191,49 +223,94 @@ class Policy:
                 camera whose size changed starts a new one.
             ActionError: the model's action is not finite.
         """
+        with torch.inference_mode(), current(self._device):
+            return self._infer(observation)
+
+    def _infer(self, observation: Observation) -> PolicyResult:
         clock = StageClock(self._device)
         images = self._checked_images(observation)
         self._begin_query(observation)
-        with torch.inference_mode():
-            frames, reference = self._pixels(images)
-            clock.lap('preprocess')
-            similarity = None
-            if reference is not None:
-                similarity = patch_similarity(frames, reference.pixels, self.model.info.grid)
-            clock.lap('similarity')
-            prompt = self.model.embed(frames, observation.proprio, observation.instruction)
-            clock.lap('embed')
-            passes = QueryPasses(
-                model=self.model,
-                method=self._method,
-                config=self.config.pruning,
-                prompt=prompt,
-                context=self._context(prompt.layout, similarity, reference),
-                clock=clock,
-            )
-            outcome = passes.act(self._episode.guard)
-            normalized = outcome.done.actions.cpu().double().numpy()
-            clock.lap('act')
+        frames, reference = self._pixels(images)
+        inputs = QueryInputs(
+            pixels=frames,
+            reference=None if reference is None else reference.pixels,
+            words=self._stager.words(observation.instruction),
+            state=self._stager.state(observation.proprio),
+            memory=self._episode.memory,
+        )
+        clock.lap('preprocess')
+        query = self._query(inputs.words.layout, reference)
+        outcome = self._evaluate(query, inputs, clock)
+        actions = HostCopy(outcome.done.actions, self._device)
+        clock.lap('act')
+        trace = self._report_copy(outcome.done.trace)
+        normalized = actions.wait().double().numpy()
         self.last_laps_s = clock.laps()
         chunk = self._chunk(observation, normalized)
-        self._take_over(outcome)
-        report = make_report(
+        self._take_over(outcome, trace)
+        report = self._report(chunk, query, outcome, trace, reference, clock.seconds())
+        read = input_stamps(observation, self._episode, self.model.info.cameras)
+        self._end_query(observation, frames)
+        return DeferredResult(chunk, lambda: replace(report(), **read))
+
+    def _query(self, layout: TokenLayout | None, reference: Frame | None) -> Query:
+        return Query(
+            model=self.model,
+            stager=self._stager,
+            decoder=self.decoder,
+            method=self._method,
+            config=self.config.pruning,
+            context=self._context(layout, reference),
+            guard=self._episode.guard,
+        )
+
+    def _evaluate(self, query: Query, inputs: QueryInputs, clock: StageClock) -> Outcome:
+        """Run the query, or replay what was recorded of one of its kind."""
+        if self.graphs is None:
+            return query.run(inputs, clock)
+        why, kind = query.kind(inputs)
+        if why:
+            self.graphs.eager(why)
+            return query.run(inputs, clock)
+        outcome = self.graphs.run(
+            kind, query.record, inputs, plain=lambda inputs: query.run(inputs, clock)
+        )
+        clock.lap('graph')
+        return replace(outcome, guard=replace(query.guard, overdue=False))
+
+    def _report_copy(self, trace: PruneTrace) -> HostCopy[PruneTrace]:
+        """The trace on its way to the host, behind the actions; recall in double precision."""
+        recall = None if trace.recall is None else trace.recall.double()
+        return HostCopy(replace(trace, recall=recall), self._device)
+
+    def _report(
+        self,
+        chunk: ActionChunk,
+        query: Query,
+        outcome: Outcome,
+        trace: HostCopy[PruneTrace],
+        reference: Frame | None,
+        latency_s: dict[str, float],
+    ) -> Callable[[], PruneReport]:
+        """Makes the report of a query, of what is known of the episode now."""
+        episode = self._episode
+        then = replace(episode, frames=FrameHistory(), memory=None, recalls=[*episode.recalls])
+        return partial(
+            _finish_report,
+            trace,
             chunk=chunk,
-            layout=prompt.layout,
-            trace=outcome.done.trace,
-            episode=self._episode,
+            layout=outcome.layout,
+            episode=then,
             method=self._method.name,
-            alpha=passes.context.alpha,
-            reference_age=0 if reference is None else self._episode.step - reference.step,
+            alpha=query.context.alpha,
+            reference_age=0 if reference is None else episode.step - reference.step,
             view=View(self.model.info.crop_side, self._rotations),
-            decoder=self.model.decoder,
+            decoder=self.decoder,
             fallback=outcome.fallback,
             guard_disagreement=outcome.disagreement,
             dense_passes=outcome.dense_passes,
-            latency_s=clock.seconds(),
+            latency_s=latency_s,
         )
-        self._end_query(observation, frames)
-        return PolicyResult(chunk=chunk, report=report)
 
     def _begin_query(self, observation: Observation) -> None:
         episode = self._episode
@@ -261,6 +338,7 @@ class Policy:
         episode.frames.push(Frame(episode.step, {}, frames))
         episode.step_of_query = episode.step
         episode.absent.clear()
+        episode.executed.clear()
         episode.displacement = np.zeros(3)
         episode.query += 1
 
@@ -300,10 +378,8 @@ class Policy:
             upright.append(turned(image, self._rotations[name]))
         return upright
 
-    def _context(
-        self, layout: TokenLayout, similarity: Tensor | None, reference: Frame | None
-    ) -> QueryContext:
-        """What the method may know of the query."""
+    def _context(self, layout: TokenLayout | None, reference: Frame | None) -> QueryContext:
+        """What the method may know of the query, but for what comes with its inputs."""
         episode = self._episode
         return QueryContext(
             layout=layout,
@@ -311,9 +387,9 @@ class Policy:
             device=self._device,
             fine=episode.fine or episode.motion is None,
             alpha=episode.guard.alpha(self.config.pruning),
-            similarity=similarity,
+            similarity=None,
             unseen=self._unseen(reference),
-            memory=episode.memory,
+            memory=None,
             query=episode.query,
         )
 
@@ -323,14 +399,15 @@ class Policy:
         away = {i for i, name in enumerate(self.model.info.cameras) if name in absent}
         return frozenset(away if reference is None else away | reference.unseen)
 
-    def _take_over(self, outcome: Outcome) -> None:
+    def _take_over(self, outcome: Outcome, trace: HostCopy[PruneTrace]) -> None:
         """Keep what a good query leaves to the next."""
         episode, done = self._episode, outcome.done
         if done.memory is not None:
             episode.memory = done.memory
         episode.guard = outcome.guard
-        if done.trace.recall is not None:
-            episode.recalls.append(done.trace.recall.cpu().double().numpy())
+        if trace.value.recall is not None:
+            # Its numbers may still be on their way; whoever makes a report waits for them.
+            episode.recalls.append(trace.value.recall.numpy())
 
     def _chunk(self, observation: Observation, normalized: np.ndarray) -> ActionChunk:
         robot = self.config.robot
@@ -410,3 +487,12 @@ class Policy:
                 sizes[name],
                 f'the size (rows, cols) was {before[name]}: the episode starts anew',
             )
+
+
+def current(device: torch.device) -> AbstractContextManager:
+    """Makes a GPU the one whose streams and events are meant; nothing for another device."""
+    return torch.cuda.device(device) if device.type == 'cuda' else nullcontext()
+
+
+def _finish_report(trace: HostCopy[PruneTrace], **rest: object) -> PruneReport:
+    return make_report(trace=trace.wait(), **rest)

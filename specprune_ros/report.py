@@ -13,9 +13,23 @@ from specprune_ros.models.decoder import Decoder
 from specprune_ros.pruning.base import PruneTrace
 from specprune_ros.pruning.flops import flops_share, tokens_per_layer
 from specprune_ros.token_layout import TokenLayout
-from specprune_ros.types import ActionChunk, Mode, PruneReport
+from specprune_ros.types import ActionChunk, Mode, Observation, PruneReport
 
 NAN = float('nan')
+
+
+def input_stamps(
+    observation: Observation, episode: Episode, cameras: tuple[str, ...]
+) -> dict[str, object]:
+    """The report's fields that name what a query read; `episode` is as before its end."""
+    stamps = {
+        'image_stamps_ns': [observation.image_stamps_ns.get(c, 0) for c in cameras],
+        'proprio_stamps_ns': observation.proprio_stamps_ns,
+        'executed_stamps_ns': [stamp for stamp, _ in episode.executed],
+        'executed_image_stamps_ns': [s.get(c, 0) for _, s in episode.executed for c in cameras],
+    }
+    arrays = {name: np.array(values, np.int64) for name, values in stamps.items()}
+    return {'query': episode.query, 'instruction': observation.instruction, **arrays}
 
 
 @dataclass(frozen=True)

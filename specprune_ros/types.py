@@ -59,6 +59,7 @@ class Observation:
         instruction: what to do, in the user's words.
         stamp_ns: stamp of the oldest input.
         image_stamps_ns: camera -> its image's stamp, where a caller knows them.
+        proprio_stamps_ns: of the joint state and the end-effector pose, as far as needed.
     """
 
     images: Mapping[str, np.ndarray | object]
@@ -66,6 +67,7 @@ class Observation:
     instruction: str
     stamp_ns: int
     image_stamps_ns: Mapping[str, int] = field(default_factory=dict)
+    proprio_stamps_ns: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -144,6 +146,13 @@ class PruneReport:
     alpha: float
     mode: int
     mode_reason: str
+    query: int = 0
+    instruction: str = ''
+    image_stamps_ns: np.ndarray = field(default_factory=lambda: _none(np.int64))  # [V]
+    proprio_stamps_ns: np.ndarray = field(default_factory=lambda: _none(np.int64))
+    executed_stamps_ns: np.ndarray = field(default_factory=lambda: _none(np.int64))  # [M]
+    # [M * V]
+    executed_image_stamps_ns: np.ndarray = field(default_factory=lambda: _none(np.int64))
     fallback_reason: str = ''
     translation_speed: float = float('nan')
     rotation_speed: float = float('nan')

@@ -231,6 +231,36 @@ def check_replay(world: World) -> None:
     assert all(np.isfinite(chunk.data).all() for chunk in world.chunks)
 
 
+def refuse_to_configure(world: World) -> None:
+    """Check that configuring fails, and leaves the node as it was."""
+    world.lifecycle.wait(START_S)
+    assert not world.lifecycle.change('configure')
+    assert world.lifecycle.state() == 'unconfigured'
+
+
+@pytest.fixture
+def world_fixture() -> Iterator[World]:
+    """A world for one test; a test file names it `world`."""
+    node = World()
+    yield node
+    node.destroy_node()
+
+
+def domain_fixture(offset: int):
+    """A fixture: one ROS domain for a test file's tests and their processes.
+
+    Args:
+        offset: no two files have the same one.
+    """
+
+    @pytest.fixture(autouse=True, scope='module')
+    def context() -> Iterator[None]:
+        with ros_domain(offset):
+            yield
+
+    return context
+
+
 @contextmanager
 def ros_domain(offset: int) -> Iterator[None]:
     """rclpy in a ROS domain of one test file's own, which its processes inherit."""

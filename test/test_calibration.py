@@ -1,8 +1,10 @@
 """Parameters from a recording: valleys of speeds, noise of still patches, K and layers."""
 
 import dataclasses
+import itertools
 import json
 import math
+from dataclasses import dataclass
 
 import cv2
 import numpy as np
@@ -12,11 +14,18 @@ from conftest import DATA, make_action, make_observation, make_policy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specprune_ros.calibration import study
+from specprune_ros.calibration import study, thresholds
 from specprune_ros.calibration.budget import global_rank, search_budget
-from specprune_ros.calibration.dip import dip_p_value, dip_statistic
+from specprune_ros.calibration.density import Bins, TwoModes
+from specprune_ros.calibration.dip import (
+    dip_p_value,
+    dip_statistic,
+    sparse_stretch,
+    unimodal_mass,
+)
 from specprune_ros.calibration.folds import gain_of
 from specprune_ros.calibration.layers import config_layer, config_layers, search_layers
+from specprune_ros.calibration.log_concave import fit_log_concave
 from specprune_ros.calibration.noise import camera_noise, patch_power, proposed_tau
 from specprune_ros.calibration.proposal import (
     Proposal,
@@ -30,7 +39,7 @@ from specprune_ros.calibration.proposal import (
 )
 from specprune_ros.calibration.scan import QueryScores, RecordingScan, ScoreRecorder
 from specprune_ros.calibration.study import calibrate, write_study
-from specprune_ros.calibration.thresholds import executed_motion, find_valley
+from specprune_ros.calibration.thresholds import SpeedValley, executed_motion, find_valley
 from specprune_ros.cli import main
 from specprune_ros.config import PruneConfig, RobotConfig
 from specprune_ros.config_files import from_mapping, load_config
@@ -48,72 +57,249 @@ K_NAMES = ('k_global', 'k_local_coarse', 'k_dynamic_coarse', 'k_local_fine', 'k_
 
 # Speeds -----------------------------------------------------------------------------------------
 
-
-def normal(mean: float, width: float):
-    """Sampler and density."""
-    return (
-        lambda random, n: np.abs(random.normal(mean, width, n)),
-        lambda x: np.exp(-0.5 * ((x - mean) / width) ** 2) / width,
-    )
-
-
-def log_normal(mean: float, width: float):
-    return (
-        lambda random, n: mean * np.exp(random.normal(0, width, n)),
-        lambda x: np.exp(-0.5 * (np.log(x / mean) / width) ** 2) / (width * x),
-    )
+KINDS = ('normal', 'log normal', 'gamma', 'uniform')
+# Speeds at which densities are looked up: modes may be narrow, and slow ones lie close to 0.
+GRID = np.concatenate(
+    (np.geomspace(1e-4, 0.02, 4000, endpoint=False), np.linspace(0.02, 2.5, 40000))
+)
+RIGHT = 0.1  # an error up to here is as the acceptance asks
 
 
-def gamma(shape: float, scale: float):
-    factor = math.sqrt(2 * math.pi) / math.gamma(shape) / scale**shape
-    return (
-        lambda random, n: random.gamma(shape, scale, n),
-        lambda x: factor * x ** (shape - 1) * np.exp(-x / scale),
+@dataclass(frozen=True)
+class Mode:
+    """Speeds of one kind of motion: mean, and width as a share of it."""
+
+    kind: str
+    mean: float
+    width: float
+
+    def sample(self, random: np.random.Generator, steps: int) -> np.ndarray:
+        mean, spread = self.mean, self.mean * self.width
+        if self.kind == 'normal':
+            return np.abs(random.normal(mean, spread, steps))
+        if self.kind == 'log normal':
+            spread = self._log_width
+            return mean * np.exp(random.normal(-(spread**2) / 2, spread, steps))
+        if self.kind == 'gamma':
+            return random.gamma(self.width**-2, mean * self.width**2, steps)
+        return random.uniform(*self._ends, steps)
+
+    def density(self, speeds: np.ndarray) -> np.ndarray:
+        """Up to a factor: the boundary scales each mode to its share."""
+        if self.kind == 'normal':
+            return np.exp(-0.5 * ((speeds / self.mean - 1) / self.width) ** 2)
+        if self.kind == 'log normal':
+            spread = self._log_width
+            return np.exp(-0.5 * (np.log(speeds / self.mean) / spread + spread / 2) ** 2) / speeds
+        if self.kind == 'gamma':
+            shape = self.width**-2
+            ratio = speeds / self.mean
+            return np.exp((shape - 1) * np.log(ratio) - shape * (ratio - 1))
+        low, high = self._ends
+        return ((speeds >= low) & (speeds <= high)).astype(float)
+
+    @property
+    def _log_width(self) -> float:
+        return math.sqrt(math.log1p(self.width**2))
+
+    @property
+    def _ends(self) -> tuple[float, float]:
+        half = math.sqrt(3) * self.width
+        return self.mean * max(1 - half, 0), self.mean * (1 + half)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stream:
+    """Executed speeds of two kinds of motion, of a robot that also stands still.
+
+    Attributes:
+        slow, fast: the modes.
+        share: of the slow steps among the moving ones.
+        steps: that move.
+        rest: steps that stand still, per step that moves.
+        odd: share of the moving steps that belong to neither mode.
+        seed: of the sample.
+    """
+
+    slow: Mode
+    fast: Mode
+    share: float
+    steps: int
+    rest: float = 0.0
+    odd: float = 0.0
+    seed: int = 0
+
+    def speeds(self) -> np.ndarray:
+        random, n = np.random.default_rng([self.seed, 7]), self.steps
+        moving = np.where(
+            random.random(n) < self.share,
+            self.slow.sample(random, n),
+            self.fast.sample(random, n),
+        )
+        is_odd = random.random(n) < self.odd
+        moving = np.where(is_odd, random.uniform(0, 1.2 * self.fast.mean, n), moving)
+        still = np.abs(random.normal(0, 1e-4 * (self.seed % 2), int(self.rest * n)))
+        return random.permutation(np.concatenate((moving, still)))
+
+
+class Boundary:
+    """Where the two modes of a stream part.
+
+    Any threshold with fewer than one step of the stream expected on its wrong side is right: the
+    modes part in an empty gap. Else the one at which the densities are equal is, and the one at
+    which their sum is lowest.
+    """
+
+    def __init__(self, stream: Stream):
+        self._gap, self._points, self.depth = None, (), 1.0
+        slow, fast = (mode.density(GRID) for mode in (stream.slow, stream.fast))
+        widths = np.diff(GRID, prepend=0)
+        slow, fast = (
+            share * part / (part @ widths)
+            for share, part in ((stream.share, slow), (1 - stream.share, fast))
+        )
+        self._wrong = stream.share - np.cumsum(slow * widths) + np.cumsum(fast * widths)
+        empty = GRID[stream.steps * self._wrong <= 1]
+        if len(empty):
+            self._gap = empty[0], empty[-1]
+        # Of a flat top, the end that faces the other mode.
+        first = len(slow) - 1 - int(slow[::-1].argmax())
+        last = int(fast.argmax())
+        if last > first + 1:
+            between = slice(first, last + 1)
+            both = (slow + fast)[between]
+            is_slow = np.append(True, slow[between] >= fast[between])
+            crossing = max(np.flatnonzero(is_slow)[-1] - 1, 0)
+            lowest = int(both.argmin())
+            self._points = GRID[between][[crossing, lowest]]
+            self.depth = both[lowest] / min(both[: lowest + 1].max(), both[lowest:].max())
+
+    @property
+    def kind(self) -> str:
+        """How the modes part."""
+        if self._gap:
+            return 'gap'
+        kinds = {0.25: 'clear', 0.5: 'overlap', 0.75: 'shallow'}
+        return next((kind for depth, kind in kinds.items() if self.depth < depth), 'none')
+
+    def error(self, threshold: float) -> float:
+        """0 in a gap, else relative to the nearer point."""
+        if self._gap and self._gap[0] <= threshold <= self._gap[1]:
+            return 0.0
+        return min((abs(threshold / point - 1) for point in self._points), default=math.inf)
+
+    def misassigned(self, threshold: float) -> float:
+        """Share of the steps on the wrong side, beyond what is unavoidable."""
+        return float(np.interp(threshold, GRID, self._wrong) - self._wrong.min())
+
+
+def draw(seed: int) -> Stream:
+    """A stream that varies in all that a robot's does."""
+    random = np.random.default_rng([seed, 3])
+
+    def log_uniform(low: float, high: float) -> float:
+        return math.exp(random.uniform(math.log(low), math.log(high)))
+
+    fast = random.uniform(0.4, 1.0)
+    slow = fast * log_uniform(0.06, 0.75)
+    return Stream(
+        slow=Mode(KINDS[random.integers(4)], slow, log_uniform(0.005, 0.6)),
+        fast=Mode(KINDS[random.integers(4)], fast, log_uniform(0.005, 0.4)),
+        share=random.uniform(0.1, 0.9),
+        steps=int(log_uniform(200, 5000)),
+        rest=random.choice([0, random.uniform(0, 0.5)]),
+        odd=random.choice([0, random.uniform(0, 0.03)]),
+        seed=seed,
     )
 
 
 # slow mode, fast mode, share of slow steps, steps
-SHAPES = {
-    'far apart': (normal(0.3, 0.06), normal(0.8, 0.1), 0.4, 800),
-    'apart': (normal(0.3, 0.08), normal(0.7, 0.1), 0.5, 800),
-    'close': (normal(0.35, 0.08), normal(0.68, 0.09), 0.5, 1500),
-    'few slow': (normal(0.2, 0.06), normal(0.7, 0.12), 0.25, 1200),
-    'skewed': (log_normal(0.15, 0.35), log_normal(0.8, 0.2), 0.5, 800),
-    'skewed slow': (gamma(3, 0.05), gamma(30, 0.025), 0.5, 1200),
-    'mixed': (gamma(3, 0.04), normal(0.8, 0.12), 0.5, 1200),
+FIXED = {
+    'far apart': (('normal', 0.3, 0.2), ('normal', 0.8, 0.12), 0.4, 800),
+    'close': (('normal', 0.35, 0.22), ('normal', 0.68, 0.13), 0.5, 1500),
+    'few slow': (('normal', 0.2, 0.3), ('normal', 0.7, 0.17), 0.25, 1200),
+    'skewed': (('log normal', 0.16, 0.36), ('log normal', 0.8, 0.2), 0.5, 800),
+    'mixed': (('gamma', 0.12, 0.58), ('normal', 0.8, 0.15), 0.5, 1200),
+    # Bugs: refused, or a threshold far within the fast mode.
+    'narrow slow, few fast': (('gamma', 0.09, 0.01), ('normal', 0.8, 0.3), 0.84, 400),
+    'flat': (('uniform', 0.29, 0.09), ('uniform', 0.73, 0.06), 0.78, 1600),
+    'narrow slow, gap': (('normal', 0.13, 0.02), ('normal', 0.7, 0.21), 0.5, 600),
+    'narrow slow, no gap': (('normal', 0.094, 0.02), ('normal', 0.98, 0.3), 0.53, 4800),
 }
-NOISE_SHARE, FASTEST = 0.03, 1.2
 
 
-def stream(shape: str, seed: int) -> np.ndarray:
-    """Speeds of a shape, with some that belong to nothing."""
-    slow, fast, share, steps = SHAPES[shape]
-    random = np.random.default_rng(seed)
-    is_slow = random.random(steps) < share
-    speeds = np.where(is_slow, slow[0](random, steps), fast[0](random, steps))
-    odd = random.random(steps) < NOISE_SHARE
-    return np.where(odd, random.uniform(0, FASTEST, steps), speeds)
+SLOW = ('far apart', 'few slow', 'skewed', 'narrow slow, gap')
 
 
-def true_valley(shape: str) -> float:
-    """Where the density is lowest between the modes' peaks."""
-    slow, fast, share, _ = SHAPES[shape]
-    grid = np.linspace(1e-3, FASTEST, 20_000)
-    parts = share * slow[1](grid), (1 - share) * fast[1](grid)
-    between = slice(parts[0].argmax(), parts[1].argmax())
-    return grid[between][np.sum(parts, axis=0)[between].argmin()]
+def fixed(case: str, **changes) -> Stream:
+    slow, fast, share, steps = FIXED[case]
+    return Stream(**{'slow': Mode(*slow), 'fast': Mode(*fast), 'share': share, 'steps': steps,
+                     'odd': 0.01, **changes})  # fmt: skip
 
 
-@pytest.mark.parametrize('seed', [1, 2])
-@pytest.mark.parametrize('shape', SHAPES)
-def test_valley_is_found(shape, seed):
-    valley = find_valley(stream(shape, seed), seed)
-    assert valley.bimodal
-    assert valley.valley == pytest.approx(true_valley(shape), rel=0.1)
-    low, high = valley.interval
-    assert low < high
-    assert valley.mixture.depth < 1
-    assert valley.kernel.peaks[0] < valley.valley < valley.kernel.peaks[1]
+@pytest.fixture
+def few_resamples(monkeypatch):
+    """They say how sure a threshold is, not where it lies."""
+    monkeypatch.setattr(thresholds, 'RESAMPLES', 4)
+
+
+@pytest.mark.parametrize(
+    'case', [pytest.param(c, marks=pytest.mark.slow if c in SLOW else ()) for c in FIXED]
+)
+def test_threshold_is_found(case, few_resamples):
+    stream = fixed(case)
+    valley = find_valley(stream.speeds())
+    assert valley.bimodal, valley.why_not
+    assert Boundary(stream).error(valley.valley) <= RIGHT
+    assert valley.found_share == 1
+    assert valley.peaks[0] < valley.valley < valley.peaks[1]
+    assert valley.depth < 0.7
+
+
+@pytest.mark.slow
+def test_interval_holds_the_thresholds_of_other_samples():
+    """Half of 95 % is asked for: the intervals are of four samples only."""
+    valleys = [find_valley(fixed('close', seed=seed).speeds()) for seed in range(4)]
+    for one in valleys:
+        low, high = one.interval
+        assert low < one.valley < high
+        assert np.mean([low <= other.valley <= high for other in valleys]) >= 0.5
+
+
+def seeds_of(kind: str, count: int, start: int) -> list[int]:
+    """The first seeds from `start` on whose streams part in such a way."""
+    fits = (seed for seed in itertools.count(start) if Boundary(draw(seed)).kind == kind)
+    return list(itertools.islice(fits, count))
+
+
+# kind -> least share of the streams that have a threshold, and of these, that have it right. The
+# rest is what so few steps leave open; README figures are of more seeds.
+SHARES = {'gap': (0.93, 0.96), 'clear': (0.8, 0.84), 'overlap': (0.4, 0.84)}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize('kind', SHARES)
+def test_threshold_of_streams_of_all_kinds(kind, few_resamples):
+    boundaries, found = [], []
+    for seed in seeds_of(kind, 60, start=2_000_000):
+        stream = draw(seed)
+        valley = find_valley(stream.speeds())
+        if valley.bimodal:
+            boundaries.append(Boundary(stream))
+            found.append(valley.valley)
+    errors = [b.error(value) for b, value in zip(boundaries, found, strict=True)]
+    lost = [b.misassigned(value) for b, value in zip(boundaries, found, strict=True)]
+    least_found, least_right = SHARES[kind]
+    assert len(found) / 60 >= least_found
+    assert np.mean(np.array(errors) <= RIGHT) >= least_right
+    assert np.median(errors) <= 0.03
+    assert np.quantile(lost, 0.9) <= 0.03
+
+
+def mixed(share: float, one, other):
+    """A share of one sampler's steps, the others of the other's."""
+    return lambda random, n: np.where(random.random(n) < share, one(random, n), other(random, n))
 
 
 UNIMODAL = {
@@ -125,17 +311,36 @@ UNIMODAL = {
     'heavy tail': lambda random, n: np.abs(random.standard_cauchy(n)),
     'constant': lambda random, n: np.full(n, 0.4),
     'constant but for rounding': lambda random, n: 0.4 + 1e-12 * random.random(n),
+    'rounded': lambda random, n: np.round(np.abs(random.normal(0.6, 0.15, n)), 1),
+    'finely rounded': lambda random, n: np.round(np.abs(random.normal(0.6, 0.15, n)), 2),
+    'spike in a wide mode': mixed(
+        0.3, lambda r, n: r.normal(0.6, 0.01, n), lambda r, n: np.abs(r.normal(0.6, 0.2, n))
+    ),
+    'shoulder': mixed(
+        0.7, lambda r, n: r.normal(0.4, 0.1, n), lambda r, n: r.normal(0.62, 0.12, n)
+    ),
+    'step': mixed(0.5, lambda r, n: r.uniform(0.02, 1, n), lambda r, n: r.uniform(0.02, 0.3, n)),
 }
 
 
 @pytest.mark.parametrize('kind', UNIMODAL)
-@pytest.mark.parametrize('steps', [60, 1000])
-def test_one_mode_has_no_valley(kind, steps):
-    for seed in range(2):
-        valley = find_valley(UNIMODAL[kind](np.random.default_rng(seed), steps))
-        assert not valley.bimodal, (seed, valley.valley)
-        assert 'not bimodal' in valley.why_not
-        assert math.isnan(valley.valley)
+def test_one_mode_has_no_valley(kind):
+    valley = find_valley(UNIMODAL[kind](np.random.default_rng(0), 1000))
+    assert not valley.bimodal, valley.valley
+    assert 'not bimodal' in valley.why_not
+    assert math.isnan(valley.valley)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_one_mode_rarely_has_a_valley(few_resamples):
+    found = [
+        find_valley(sample(np.random.default_rng([seed, 5]), steps)).bimodal
+        for sample in UNIMODAL.values()
+        for steps in (60, 200, 1000, 4000)
+        for seed in range(10)
+    ]
+    assert np.mean(found) <= 0.02
 
 
 @pytest.mark.parametrize('steps', [0, 1, 2, 10, 49])
@@ -155,37 +360,105 @@ def test_standing_still_is_no_mode():
     assert not valley.bimodal
 
 
-def test_valley_of_clipped_commands():
+@pytest.mark.parametrize('between', [0, 60])
+def test_valley_of_clipped_commands(between, few_resamples):
     """Commands that repeat exactly, as of a limit or a scripted arm, are modes like others."""
     random = np.random.default_rng(0)
-    speeds = np.concatenate((np.full(60, 0.4), np.full(120, 0.9), random.uniform(0.1, 0.9, 60)))
+    others = random.uniform(0.1, 0.9, between)
+    speeds = np.concatenate((np.full(60, 0.4), np.full(120, 0.9), others))
     valley = find_valley(random.permutation(speeds))
     assert 0.5 < valley.valley < 0.8
 
 
-@settings(max_examples=4, deadline=None)
-@given(st.floats(1e-3, 1e3), st.integers(0, 3))
-def test_threshold_scales_with_the_speeds(factor, seed):
-    speeds = stream('apart', seed)
+@pytest.mark.parametrize(('factor', 'seed'), [(2e-3, 0), (700.0, 1)])
+def test_threshold_scales_with_the_speeds(factor, seed, few_resamples):
+    speeds = fixed('far apart', seed=seed, steps=200).speeds()
     one, other = find_valley(speeds), find_valley(factor * speeds)
-    assert other.valley == pytest.approx(factor * one.valley, rel=0.01)
-    assert other.p_value == one.p_value
+    assert other.valley == pytest.approx(factor * one.valley, rel=0.02)
+    assert other.p_value == pytest.approx(one.p_value, abs=0.02)
+
+
+def p_value(speeds: np.ndarray) -> float:
+    bins = Bins.of(speeds)
+    return dip_p_value(float(dip_statistic(speeds)), bins.count(bins.index(speeds)), bins.edges)
 
 
 def test_dip_against_its_definition():
     """Two points and two equal pairs have dips that can be found by hand; see Hartigan 1985."""
     assert dip_statistic(np.array([0.0, 0.0, 1.0, 1.0])) == pytest.approx(0.25, abs=0.01)
-    even = dip_statistic(np.linspace(0, 1, 100))
-    assert 0 < even < 0.02
-    assert dip_p_value(0.25, 100) < 0.01
-    assert dip_p_value(even, 100) > 0.9
+    assert 0 < dip_statistic(np.linspace(0, 1, 100)) < 0.02
+
+
+def test_modes_part_in_the_gap():
+    assert sparse_stretch(np.array([0.7, 0.1, 0.2, 0.8, 0.3, 0.9])) == (0.3, 0.7)
 
 
 def test_dip_of_unimodal_samples_is_rarely_significant():
     random = np.random.default_rng(5)
-    p_values = [dip_p_value(dip_statistic(random.random(400)), 400) for _ in range(60)]
-    assert np.mean(np.array(p_values) < 0.1) < 0.25
-    assert np.median(p_values) == pytest.approx(0.5, abs=0.2)
+    p_values = np.array([p_value(random.random(200)) for _ in range(5)])
+    assert (p_values > 0.01).all()
+    assert p_value(np.concatenate((random.random(100), 3 + random.random(100)))) < 0.01
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 9), min_size=2, max_size=12), st.data())
+def test_likeliest_unimodal_mass(counts, data):
+    """It has one peak and all counts, and no other unimodal mass tried here is likelier."""
+    counts = np.array(counts, float)
+    counts[0] += 1
+    sizes = st.floats(0.1, 2)
+    widths = np.array(data.draw(st.lists(sizes, min_size=len(counts), max_size=len(counts))))
+    mass = unimodal_mass(counts, widths)
+    assert mass.sum() == pytest.approx(counts.sum())
+    turns = np.sign(np.round(np.diff(mass / widths), 9))
+    turns = turns[turns != 0]
+    assert (np.diff(turns) <= 0).all(), 'it falls and rises again'
+    np.testing.assert_allclose(unimodal_mass(mass, widths), mass, atol=1e-9)
+    even = counts.sum() * widths / widths.sum()
+    seen = counts > 0
+    assert counts[seen] @ np.log(mass[seen]) >= counts[seen] @ np.log(even[seen]) - 1e-9
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.integers(0, 50), min_size=3, max_size=40), st.integers(0, 99))
+def test_log_concave_density(counts, seed):
+    """It is concave in its logarithm, a density, and likelier than a Gaussian, which is one."""
+    weights = np.array(counts, float)
+    weights[[0, -1]] += 1
+    widths = np.random.default_rng(seed).uniform(0.5, 2, len(weights))
+    at = np.cumsum(widths) - widths / 2
+    density = fit_log_concave(at, widths, weights)
+    assert density @ widths == pytest.approx(1)
+    slopes = np.diff(np.log(density)) / np.diff(at)
+    assert (np.diff(slopes) < 1e-6).all()
+    shares = weights / weights.sum()
+    mean = shares @ at
+    gauss = np.exp(-0.5 * (at - mean) ** 2 / (shares @ (at - mean) ** 2))
+    gauss /= gauss @ widths
+    assert shares @ np.log(density) >= shares @ np.log(gauss) - 1e-3
+
+
+def two_modes(slow: tuple[float, float], fast: tuple[float, float]) -> TwoModes:
+    """Even densities between two speeds each, half of 1000 steps in either."""
+    bins = Bins(np.linspace(0.01, 1.01, 1001))
+    at = bins.centers
+    mass = np.zeros((3, 1000))
+    for mode, (low, high) in enumerate((slow, fast)):
+        mass[mode] = (at > low) & (at < high)
+    return TwoModes(bins, mass / 2 / np.maximum(mass.sum(axis=1, keepdims=True), 1), 1000)
+
+
+def test_threshold_lies_in_the_middle_of_an_empty_gap():
+    modes = two_modes((0.1, 0.2), (0.8, 0.9))
+    assert modes.threshold == pytest.approx(0.4, rel=0.01)
+    assert modes.depth == 0
+    assert modes.peaks[0] < 0.2 < 0.8 < modes.peaks[1]
+
+
+def test_threshold_leaves_the_fewest_on_the_wrong_side():
+    """Where modes overlap, the denser one keeps the overlap."""
+    modes = two_modes((0.1, 0.5), (0.4, 0.5001))
+    assert modes.threshold == pytest.approx(0.4, rel=0.01)
 
 
 def test_motion_is_the_controllers():
@@ -622,13 +895,16 @@ def test_parameter_file_is_a_ros_one(tmp_path):
     assert list(values['pruning.global_layers'].value.integer_array_value) == [14, 30]
 
 
-def test_confidence_follows_the_interval():
-    grades = [
-        threshold_proposal('translation_threshold', 0.5, find_valley(stream('apart', 0)[:steps]))
-        for steps in (800, 60)
-    ]
-    assert grades[0].confidence == 'high'
-    assert grades[1].confidence != 'high'
+@pytest.mark.parametrize(
+    ('interval', 'found_share', 'confidence'),
+    [((0.48, 0.53), 1.0, 'high'), ((0.4, 0.53), 1.0, 'medium'), ((0.48, 0.53), 0.8, 'low')],
+)
+def test_confidence_follows_the_interval(interval, found_share, confidence):
+    valley = SpeedValley(
+        speeds=np.array([0.2, 0.8]), at_rest=0, why_not='', valley=0.5, interval=interval,
+        found_share=found_share, peaks=(0.2, 0.8), depth=0.1, dip=0.2, p_value=0.005,
+    )  # fmt: skip
+    assert threshold_proposal('translation_threshold', 0.5, valley).confidence == confidence
 
 
 def test_figures_are_json_to_any_reader(tmp_path):
@@ -649,8 +925,8 @@ def test_own_recording(tmp_path, capsys):
     assert f'ros2 launch specprune_ros vla.launch.py pruning:={out}/pruning.yaml' in told
     assert 'meaningless' in told
     loaded = load_config([out / 'pruning.yaml']).pruning
-    # The arm is scripted to move at 0.4 and 0.9.
-    assert 0.55 < loaded.translation_threshold < 0.75
+    # The arm is scripted to move at 0.4 and 0.9, with a few steps of ramps between.
+    assert 0.45 < loaded.translation_threshold < 0.8
     default = PruneConfig()
     assert loaded == dataclasses.replace(
         default, translation_threshold=loaded.translation_threshold
@@ -683,6 +959,33 @@ def test_a_trained_model_sets_k_and_layers(tmp_path, monkeypatch):
     assert by_name['k_global'].confidence in ('high', 'medium', 'low')
     shares = found.ks.kept, found.ks.budget
     assert all(shares[0][mode] <= shares[1][mode] + 1e-9 for mode in shares[0])
+
+
+class DyingCamera:
+    """The own recording, whose wrist camera stops half-way."""
+
+    def __init__(self):
+        self._source = open_recording(OWN_BAG)
+
+    def __getattr__(self, name: str):
+        return getattr(self._source, name)
+
+    def events(self):
+        half_ns = self.duration_s * 1e9 / 2
+        for event in self._source.events():
+            if getattr(event, 'camera', '') != 'wrist' or event.stamp_ns < half_ns:
+                yield event
+
+
+@pytest.mark.slow
+def test_a_dead_camera_is_in_the_summary(tmp_path):
+    """Bug: its last picture was taken for a still one, and for what the model saw."""
+    config = from_mapping({'model.threads': 1})
+    found = calibrate(config, DyingCamera(), every=16)
+    (note,) = (note for note in found.notes if 'skipped' in note)
+    assert 'cameras/wrist camera_stale' in note
+    write_study(found, tmp_path)
+    assert note in json.loads((tmp_path / 'calibration.json').read_text())['notes']
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from specprune_ros.config import RobotConfig, RuntimeConfig
 from specprune_ros.errors import ObservationError
 from specprune_ros.images import RawImage
-from specprune_ros.inbox import POSE_NAMES, Inbox, axis_angle, proprio_inputs
+from specprune_ros.inbox import POSE_NAMES, Inbox, QueryTrigger, axis_angle, proprio_inputs
 
 NS = 1_000_000_000
 NOW = 1000 * NS
@@ -420,3 +420,67 @@ def test_recent_images_leave_out_a_camera_that_fell_silent():
     inbox.put_image('side', NOW + NS, picture(3))
     assert set(inbox.recent_images(NOW)) == {'wrist', 'side'}
     assert set(inbox.recent_images(NOW + NS)) == {'side'}
+
+
+def test_another_instruction_for_one_observation():
+    inbox = full_inbox()
+    assert inbox.observation(NOW, 'look around').instruction == 'look around'
+    assert inbox.observation(NOW).instruction == 'pick up the soup'
+
+
+# When to query ---------------------------------------------------------------------------------
+
+MS = 1_000_000
+PERIOD = 400 * MS
+
+
+def trigger() -> QueryTrigger:
+    trigger = QueryTrigger(('wrist', 'side'), PERIOD)
+    trigger.start(NOW)
+    return trigger
+
+
+def test_the_image_that_completes_a_set_triggers():
+    due = trigger()
+    assert not due.image('wrist', NOW)
+    assert not due.image('wrist', NOW + 33 * MS)
+    assert due.image('side', NOW + 40 * MS)
+    assert due.image('wrist', NOW + 66 * MS), 'it stays due while inference is busy'
+    due.queried(NOW + 66 * MS)
+    assert not due.image('side', NOW + 73 * MS)
+
+
+def test_images_from_before_it_was_due_are_no_new_ones():
+    due = trigger()
+    due.queried(NOW)
+    for camera in ('wrist', 'side'):
+        assert not due.image(camera, NOW + PERIOD - MS)
+    assert not due.image('wrist', NOW + PERIOD + MS)
+    assert due.image('side', NOW + PERIOD + 2 * MS)
+
+
+def test_a_dead_camera_does_not_hold_a_query_up():
+    due = trigger()
+    assert not due.is_overdue(NOW + due.START_PATIENCE_NS - 1)
+    assert due.is_overdue(NOW + due.START_PATIENCE_NS)
+    due.queried(NOW)
+    assert not due.is_overdue(NOW + PERIOD + due.PATIENCE_NS - 1)
+    assert due.is_overdue(NOW + PERIOD + due.PATIENCE_NS)
+
+
+@given(
+    st.integers(5, 400).map(lambda ms: ms * MS),
+    st.lists(st.integers(1, 60), min_size=50, max_size=200),
+)
+def test_queries_keep_their_rate_on_average(period, gaps_ms):
+    """However images come: no more queries than the rate allows, and not far fewer."""
+    due, now, queries = QueryTrigger(('wrist',), period), NOW, 0
+    due.start(now)
+    for gap in gaps_ms:
+        now += gap * MS
+        if due.image('wrist', now):
+            due.queried(now)
+            queries += 1
+    passed, slack = now - NOW, 60 * MS
+    assert queries <= passed / period + 1
+    assert queries >= passed / (period + slack) - 1

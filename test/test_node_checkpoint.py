@@ -10,25 +10,23 @@ pytest.importorskip('specprune_ros.msg', reason='messages are not built: run scr
 pytest.importorskip('tokenizers')
 
 from openvla_world import FOLDER, HEAD, MODEL, PROPRIO, assemble  # noqa: E402
-from ros_world import CAMERAS, FAST_NODE, NodeProcess, World, ros_domain  # noqa: E402
+from ros_world import (  # noqa: E402
+    CAMERAS,
+    FAST_NODE,
+    NodeProcess,
+    World,
+    domain_fixture,
+    refuse_to_configure,
+    world_fixture,
+)
 from test_tokenizer import llama_json  # noqa: E402
 
 pytestmark = [pytest.mark.ros, pytest.mark.golden, pytest.mark.timeout(180)]
 ELEMENTS = [f'e{index}' for index in range(8)]
 
 
-@pytest.fixture(autouse=True, scope='module')
-def context():
-    """One ROS domain for this file's tests and their processes."""
-    with ros_domain(6):
-        yield
-
-
-@pytest.fixture
-def world():
-    node = World()
-    yield node
-    node.destroy_node()
+context = domain_fixture(6)
+world = world_fixture
 
 
 @pytest.fixture
@@ -63,9 +61,7 @@ def test_broken_then_mended_then_every_method(folder, tmp_path):
     shutil.copy(FOLDER / HEAD, broken / 'action_head--9_checkpoint.pt')
     world = Robot('robot')
     with NodeProcess('vla_node', parameters(broken)) as process:
-        world.lifecycle.wait(40)
-        assert not world.lifecycle.change('configure')
-        assert world.lifecycle.state() == 'unconfigured'
+        refuse_to_configure(world)
         assert 'action_head--9_checkpoint.pt' in process.output()
         assert world.run(5, lambda: bool(world.faults.get('checkpoint')))
         assert world.set_parameter('model.checkpoint', str(folder))[0]
@@ -111,9 +107,7 @@ def test_faults_leave_the_node_unconfigured_and_configurable(world, folder, faul
         config = json.loads((folder / 'config.json').read_text())
         (folder / 'config.json').write_text(json.dumps({**config, 'norm_stats': {}}))
     with NodeProcess('vla_node', values) as process:
-        world.lifecycle.wait(40)
-        assert not world.lifecycle.change('configure')
-        assert world.lifecycle.state() == 'unconfigured'
+        refuse_to_configure(world)
         assert told in process.output(), process.output()
         if mend is None:
             mend = ('model.name', 'tiny')

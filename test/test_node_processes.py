@@ -10,7 +10,16 @@ rclpy = pytest.importorskip('rclpy', reason='no ROS here: source one, or run scr
 pytest.importorskip('specprune_ros.msg', reason='messages are not built: run scripts/setup.sh')
 
 from conftest import DATA  # noqa: E402
-from ros_world import FAST_NODE, STOP_S, NodeProcess, World, check_replay, ros_domain  # noqa: E402
+from ros_world import (  # noqa: E402
+    FAST_NODE,
+    STOP_S,
+    NodeProcess,
+    World,
+    check_replay,
+    domain_fixture,
+    refuse_to_configure,
+    world_fixture,
+)
 from std_msgs.msg import String  # noqa: E402
 
 from specprune_ros.types import Mode  # noqa: E402
@@ -18,18 +27,8 @@ from specprune_ros.types import Mode  # noqa: E402
 pytestmark = [pytest.mark.ros, pytest.mark.timeout(180)]
 
 
-@pytest.fixture(autouse=True, scope='module')
-def context():
-    """One ROS domain for this file's tests and their processes."""
-    with ros_domain(1):
-        yield
-
-
-@pytest.fixture
-def world():
-    node = World()
-    yield node
-    node.destroy_node()
+context = domain_fixture(1)
+world = world_fixture
 
 
 # Lifecycle -------------------------------------------------------------------------------------
@@ -85,9 +84,7 @@ def test_lifecycle_and_silence(world):
 )
 def test_bad_configuration_leaves_the_node_unconfigured(world, parameters, words, mend):
     with NodeProcess('vla_node', {**FAST_NODE, **parameters}) as process:
-        world.lifecycle.wait(40)
-        assert not world.lifecycle.change('configure')
-        assert world.lifecycle.state() == 'unconfigured'
+        refuse_to_configure(world)
         assert all(word in process.output() for word in words), process.output()
         assert world.run(5, lambda: bool(world.faults))
         if mend:
@@ -141,9 +138,7 @@ def test_missing_torch_fails_configure_with_the_command(world, tmp_path):
         patch.setenv('PYTHONPATH', f'{tmp_path}{os.pathsep}{path}')
         process = NodeProcess('vla_node', FAST_NODE)
     with process:
-        world.lifecycle.wait(40)
-        assert not world.lifecycle.change('configure')
-        assert world.lifecycle.state() == 'unconfigured'
+        refuse_to_configure(world)
         assert 'torch is not installed' in process.output()
         assert 'pip install torch' in process.output()
         assert process.stop()[0] == 0

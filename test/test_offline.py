@@ -15,7 +15,7 @@ from specprune_ros.cli import main
 from specprune_ros.config_files import from_mapping, load_config
 from specprune_ros.errors import ObservationError, RecordingError
 from specprune_ros.inbox import POSE_NAMES
-from specprune_ros.offline import fit_robot, run_recording
+from specprune_ros.offline import fit_robot, run_recording, skipped_words
 from specprune_ros.policy import Policy
 from specprune_ros.recordings import Recording, open_recording
 from specprune_ros.recordings.base import CameraEvent, InstructionEvent, JointEvent, PoseEvent
@@ -315,14 +315,116 @@ def test_recorded_poses_reach_the_model():
         list(run_recording(policy, InMemory(events[3:], joint_names=('a',))))
 
 
-def test_an_input_that_comes_once_does_not_go_stale():
-    """Bug: a joint state (or still image) recorded once was stale after 60 s of recorded time."""
+# Stale inputs ----------------------------------------------------------------------------------
+
+AGE_S, DIES, LIVES = 0.5, 10, 30  # default limit; steps after which an input stops and is back
+
+
+def without(events: list, kind: type, camera: str = '', until: int = LIVES) -> list:
+    """The events without an input's from step DIES to `until`."""
+    gone = range(DIES * PERIOD, until * PERIOD)
+    return [
+        event
+        for event in events
+        if not (
+            isinstance(event, kind)
+            and getattr(event, 'camera', '') == camera
+            and event.stamp_ns in gone
+        )
+    ]
+
+
+def wrist_and_side(steps: int) -> list:
+    events = side_events(steps)
+    wrist = [CameraEvent(e.stamp_ns, 'wrist', e.image) for e in events if hasattr(e, 'camera')]
+    return sorted([*events, *wrist], key=lambda event: event.stamp_ns)
+
+
+def stale(run: list) -> list[ObservationError]:
+    return [outcome for outcome in run if isinstance(outcome, ObservationError)]
+
+
+@pytest.mark.parametrize('names', [('wrist', 'side'), ('side', 'wrist')])
+def test_a_dead_camera_skips_queries_until_it_is_back(names):
+    """Bug: its last image was repeated for ever."""
+    policy = make_policy(robot__camera_names=names, robot__horizon=4)
+    events = without(wrist_and_side(40), CameraEvent, 'wrist')
+    run = list(run_recording(policy, InMemory(events, cameras=names)))
+    errors = stale(run)
+    assert len(errors) >= LIVES - DIES - AGE_S * NS / PERIOD - 4
+    assert {(error.code, error.field) for error in errors} == {('camera_stale', 'cameras/wrist')}
+    for observation, result in (outcome for outcome in run if isinstance(outcome, tuple)):
+        now_ns = observation.image_stamps_ns['side']
+        assert now_ns - observation.image_stamps_ns['wrist'] <= AGE_S * NS
+        assert result.report.fallback_reason == ''
+    last = results_of(run)[-1].report
+    assert last.stamp_ns >= LIVES * PERIOD
+    reported = skipped_words(errors)
+    assert f'cameras/wrist camera_stale {len(errors)} x' in reported
+    assert 'runtime.max_image_age_s' in reported
+
+
+def test_a_dead_camera_is_absent_for_the_policy(monkeypatch):
+    """What was away is compared with nothing old, as in the node."""
+    policy = make_policy(robot__camera_names=('wrist', 'side'), robot__horizon=4)
+    seen = []
+    observe = policy.observe_executed
+    monkeypatch.setattr(
+        policy,
+        'observe_executed',
+        lambda a, images: seen.append(set(images)) or observe(a, images),
+    )
+    events = without(wrist_and_side(40), CameraEvent, 'wrist')
+    list(run_recording(policy, InMemory(events, cameras=('wrist', 'side'))))
+    away = [step for step, names in enumerate(seen) if names == {'side'}]
+    last_seen = DIES - 1
+    assert away == list(range(last_seen + round(AGE_S * NS / PERIOD), LIVES))
+
+
+def test_a_dead_joint_state_skips_queries():
     policy = make_policy(robot__camera_names=('side',), robot__joint_names=('a',))
-    events = [JointEvent(0, ('a',), np.ones(1)), *side_events(9)]
-    late = [dataclasses.replace(e, stamp_ns=e.stamp_ns + 90 * NS) for e in side_events(9)]
-    run = list(run_recording(policy, InMemory([*events, *late], joint_names=('a',))))
-    assert len(results_of(run)) == 3
-    assert [outcome for outcome in run if isinstance(outcome, ObservationError)] == []
+    events = side_events(40)
+    joints = [JointEvent(e.stamp_ns, ('a',), np.ones(1)) for e in events if hasattr(e, 'camera')]
+    events = without([*events, *joints], JointEvent)
+    events.sort(key=lambda event: event.stamp_ns)
+    run = list(run_recording(policy, InMemory(events, joint_names=('a',))))
+    assert {error.code for error in stale(run)} == {'joint_stale'}
+    assert results_of(run)[-1].report.stamp_ns >= LIVES * PERIOD
+
+
+@pytest.mark.parametrize(('limit_s', 'queries', 'skipped'), [(0.5, 2, 5), (60.0, 3, 0)])
+def test_an_input_that_comes_once_goes_stale_as_on_the_robot(limit_s, queries, skipped):
+    """The limit is the configured one: the same recording passes whole with a larger one."""
+    policy = make_policy(
+        robot__camera_names=('side',), robot__joint_names=('a',), runtime__max_joint_age_s=limit_s
+    )
+    events = [JointEvent(0, ('a',), np.ones(1)), *side_events(21)]
+    run = list(run_recording(policy, InMemory(events, joint_names=('a',))))
+    assert (len(results_of(run)), len(stale(run))) == (queries, skipped)
+
+
+def test_a_dead_step_camera_is_told_though_no_step_is_left():
+    """Bug: without actions its images are the steps, and the run just ended, silently."""
+    policy = make_policy(robot__camera_names=('side',), robot__joint_names=('a',))
+    images = [event for event in side_events(40) if isinstance(event, CameraEvent)]
+    joints = [JointEvent(event.stamp_ns, ('a',), np.ones(1)) for event in images]
+    events = without([InstructionEvent(0, 'go'), *joints, *images], CameraEvent, 'side', until=40)
+    events.sort(key=lambda event: event.stamp_ns)
+    run = list(run_recording(policy, InMemory(events, joint_names=('a',), has_actions=False)))
+    (error,) = stale(run)
+    assert (error.code, error.field) == ('camera_stale', 'cameras/side')
+
+
+def test_inputs_that_never_meet_in_time_are_told():
+    policy = make_policy(robot__camera_names=('side',), robot__joint_names=('a',))
+    late = [dataclasses.replace(e, stamp_ns=e.stamp_ns + 90 * NS) for e in side_events(9)[1:]]
+    events = [JointEvent(0, ('a',), np.ones(1)), *side_events(1)[:1], *late]
+    with pytest.raises(RecordingError, match=r'joint_states.*90\.\d+ s old'):
+        list(run_recording(policy, InMemory(events, joint_names=('a',))))
+
+
+def test_nothing_skipped_needs_no_words():
+    assert skipped_words([]) == ''
 
 
 # specprune run ---------------------------------------------------------------------------------

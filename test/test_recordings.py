@@ -26,6 +26,7 @@ PERIOD = NS // 20
 IMAGE, COMPRESSED = 'sensor_msgs/msg/Image', 'sensor_msgs/msg/CompressedImage'
 JOINTS, TEXT = 'sensor_msgs/msg/JointState', 'std_msgs/msg/String'
 EXECUTED = 'specprune_ros/msg/ExecutedAction'
+STATUS = 'specprune_ros/msg/VlaStatus'
 POSE = 'geometry_msgs/msg/PoseStamped'
 ACTION_NAMES = ('x', 'y', 'z', 'roll', 'pitch', 'yaw', 'gripper')
 
@@ -38,8 +39,9 @@ class BagWriter:
 
     def __init__(self, path: Path, storage: StoragePlugin = StoragePlugin.MCAP):
         self.store = get_typestore(Stores.ROS2_HUMBLE)
-        text = (MSG / 'ExecutedAction.msg').read_text()
-        self.store.register(get_types_from_msg(text, EXECUTED))
+        for kind in (EXECUTED, STATUS):
+            text = (MSG / f'{kind.rpartition("/")[2]}.msg').read_text()
+            self.store.register(get_types_from_msg(text, kind))
         self._writer = Writer(path, version=8, storage_plugin=storage)
         self._topics: dict = {}
 
@@ -88,6 +90,7 @@ class BagWriter:
     def action(self, *values: float, **changes):
         fields = {
             'chunk_id': 3,
+            'epoch': 2,
             'step': 1,
             'step_dt': self.store.types['builtin_interfaces/msg/Duration'](0, PERIOD),
             'space': 2,
@@ -103,6 +106,13 @@ class BagWriter:
         point = types['geometry_msgs/msg/Point'](*position)
         quaternion = types['geometry_msgs/msg/Quaternion'](*quaternion_xyzw)
         return self.make(POSE, pose=types['geometry_msgs/msg/Pose'](point, quaternion))
+
+    def status(self, instruction: str):
+        fields = {
+            **{'state': 3, 'epoch': 1, 'task_id': 1, 'waiting_for': '', 'fault_code': 0},
+            **{'fault_message': '', 'dense': False, 'dry_run': True},
+        }
+        return self.make(STATUS, instruction=instruction, **fields)
 
     def text(self, text: str):
         return self.make(TEXT, data=text)
@@ -256,7 +266,7 @@ def test_executed_actions_of_a_bag(small_bag):
     assert action.names == ACTION_NAMES
     assert action.units == ('1',) * 7
     assert action.data.tolist() == [0.5, 2, 0.5, 2, 0.5, 2, 0.5]
-    assert (action.frame_id, action.chunk_id, action.step) == ('base', 3, 1)
+    assert (action.frame_id, action.chunk_id, action.epoch, action.step) == ('base', 3, 2, 1)
     assert (action.space, action.step_dt_s, action.dry_run) == (2, 0.05, False)
 
 
@@ -654,3 +664,45 @@ def test_one_bad_image_costs_one_query_at_most(tmp_path, policy, fault):
     assert [error.field.split('.')[0] for error in errors] == ['cameras/side']
     assert len(results) == 5  # 20 steps, one chunk per 4
     assert results[-1][0].stamp_ns > bad_step * PERIOD
+
+
+@pytest.mark.parametrize('has_topic', [False, True])
+def test_a_task_that_came_as_an_action_is_read_from_the_status(tmp_path, has_topic):
+    with BagWriter(tmp_path / 'live') as bag:
+        for step, task in enumerate(('', 'open the drawer', 'open the drawer', '', 'close it')):
+            bag.put_image('/wrist/image_raw', step * PERIOD, picture(step))
+            bag.put('/vla_node/status', step * PERIOD + 1, bag.status(task))
+        if has_topic:
+            bag.put('/vla_node/instruction', 7, bag.text('as it was said'))
+    texts = [event.text for event in of_kind(read_all(tmp_path / 'live'), InstructionEvent)]
+    assert texts == (['as it was said'] if has_topic else ['open the drawer', 'close it'])
+    given = read_all(tmp_path / 'live', instruction='another')
+    assert [event.text for event in of_kind(given, InstructionEvent)] == ['another']
+
+
+@pytest.mark.ros
+@pytest.mark.slow
+def test_replayed_actions_are_of_no_chunk(tmp_path):
+    """Bug: a node took the recorded chunk numbers for its own chunks."""
+    rclpy = pytest.importorskip('rclpy', reason='no ROS here')
+    pytest.importorskip('specprune_ros.msg', reason='messages are not built')
+    import ros_world
+
+    from specprune_ros.msg import ExecutedAction as ExecutedActionMsg
+
+    parameters = {
+        'recording': str(write_small_bag(tmp_path / 'small_bag')),
+        'loop': True,
+        'wait_for_subscriber_s': 0.0,
+    }
+    with ros_world.ros_domain(53), ros_world.NodeProcess('replay_node', parameters) as process:
+        eye, heard = rclpy.create_node('eye'), []
+        eye.create_subscription(ExecutedActionMsg, 'executed_action', heard.append, 10)
+        for _ in range(200):
+            rclpy.spin_once(eye, timeout_sec=0.1)
+            if heard:
+                break
+        eye.destroy_node()
+        assert heard, process.output()
+    assert (heard[0].chunk_id, heard[0].epoch) == (0, 0)
+    assert list(heard[0].names) == list(ACTION_NAMES)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import shlex
 import shutil
 
 import numpy as np
@@ -12,7 +14,8 @@ from openvla_world import FOLDER, HEAD, MODEL, PROPRIO, assemble, inputs, output
 from safetensors.torch import load_file, save_file
 from test_tokenizer import llama_json
 
-from specprune_ros.cli import main
+from specprune_ros.cli import COMMANDS, main
+from specprune_ros.cli.info import counted
 from specprune_ros.config_files import load_config
 from specprune_ros.errors import ConfigError
 from specprune_ros.verify import StoredPrompt, for_reference, tensor_error, without_tf32
@@ -378,3 +381,83 @@ def test_info_of_other_kinds(make, capsys, files, robot):
     code, out = info(make(*files), capsys)
     assert code == 0
     assert launches(out)[0].endswith(robot)
+
+
+@golden
+def test_info_of_a_broken_folder_says_that_launching_must_wait(make, capsys):
+    folder = make(HEAD, PROPRIO)
+    empty_tokenizer(folder)
+    code, out = info(folder, capsys)
+    assert code == 1
+    problems, waits, launch = out.partition('launch once the above is fixed:')
+    assert not launches(problems)
+    assert 'tokenizer.json' in problems
+    assert waits
+    assert launch.split()[:5] == ['launch:', 'ros2', 'launch', 'specprune_ros', 'vla.launch.py']
+
+
+@golden
+def test_info_of_a_folder_that_fits_nothing_says_so(make, capsys):
+    folder = make(HEAD)
+    shutil.copy(FOLDER / HEAD, folder / 'action_head--9_checkpoint.pt')
+    code, out = info(folder, capsys)
+    assert code == 1
+    assert 'launch once the above is fixed: how, can only be told then' in out
+
+
+@golden
+def test_info_counts_parameters_to_the_last_one(make, capsys):
+    folder = make(HEAD, PROPRIO)
+    weights = load_file(folder / MODEL)
+    least = sum(weight.numel() for weight in weights.values())
+    size = next(line for line in info(folder, capsys)[1].splitlines() if line.startswith('size:'))
+    assert int(size.partition('(')[2].partition(')')[0].replace(',', '')) >= least
+
+
+@pytest.mark.parametrize(
+    ('count', 'words'),
+    [
+        (7_541_237_184, '7.541 B (7,541,237,184)'),
+        (999_999_999, '1000 M (999,999,999)'),
+        (1_234_567, '1.235 M (1,234,567)'),
+        (20_000, '0.02 M (20,000)'),
+    ],
+)
+def test_a_count_is_round_and_exact(count, words):
+    assert counted(count) == words
+
+
+# Help ----------------------------------------------------------------------------------------
+
+
+def command(name: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=f'specprune {name}')
+    COMMANDS[name].add_arguments(parser)
+    return parser
+
+
+@pytest.mark.parametrize('name', ['verify', 'info', 'bench', 'calibrate'])
+def test_help_has_an_example_that_the_command_takes(name):
+    parser = command(name)
+    lines = parser.format_help().replace('\\\n', '').splitlines()
+    examples = [line for line in lines if line.startswith(f'  specprune {name} ')]
+    assert examples
+    for line in examples:
+        parser.parse_args(shlex.split(line)[2:])
+
+
+def test_the_example_of_verify_is_of_a_folder_within():
+    assert '/film\n' in command('verify').format_help()
+
+
+@pytest.mark.parametrize(
+    ('name', 'option'),
+    [('bench', 'repeats'), ('calibrate', 'out'), ('calibrate', 'false_changes')],
+)
+def test_help_says_the_default(name, option):
+    parser = command(name)
+    assert f'(default {parser.get_default(option)})' in ' '.join(parser.format_help().split())
+
+
+def test_help_of_bench_says_how_many_cameras():
+    assert '(default 1 2 3)' in ' '.join(command('bench').format_help().split())

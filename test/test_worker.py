@@ -12,10 +12,18 @@ import pytest
 from specprune_ros import health as health_module
 from specprune_ros.config import PruneConfig, RobotConfig, RuntimeConfig
 from specprune_ros.errors import ActionError, ConfigError, ObservationError, SpecPruneError
-from specprune_ros.health import REPEAT_S, Health
+from specprune_ros.health import REPEAT_S, Health, Presence, gpu_memory, keep_ratio
 from specprune_ros.inbox import Inbox
 from specprune_ros.types import Mode, PruneReport
-from specprune_ros.worker import MAX_STEPS, InferenceWorker, Job, LoadingThread
+from specprune_ros.worker import (
+    GIVE_WAY_S,
+    MAX_STEPS,
+    InferenceWorker,
+    Job,
+    LoadingThread,
+    SpareThread,
+    fault_code,
+)
 
 SOON = 5.0  # seconds within which a thread surely did what it was told
 ABSENT = 0.05  # seconds after which what did not happen will not
@@ -38,7 +46,7 @@ class FakePolicy:
             raise observation
         return f'result of {observation}'
 
-    def observe_executed(self, action, images):
+    def observe_executed(self, action, images, image_stamps_ns=None):
         self.calls.append(('step', action))
         if isinstance(action, Exception):
             raise action
@@ -59,6 +67,7 @@ class Bench:
         self.policy = FakePolicy()
         self.results: list[tuple[int, object]] = []
         self.errors: list[Exception] = []
+        self.failed: list[int | None] = []  # tickets of the queries that they ended
         self._came = threading.Semaphore(0)
         self.worker = InferenceWorker(self.policy, self._on_result, self._on_error)
 
@@ -68,8 +77,9 @@ class Bench:
         if result == 'result of poison':
             raise RuntimeError('the publisher broke')
 
-    def _on_error(self, error):
+    def _on_error(self, error, job):
         self.errors.append(error)
+        self.failed.append(None if job is None else job.ticket)
         self._came.release()
 
     def submit(self, ticket: int, observation: object = 'scene') -> None:
@@ -138,6 +148,7 @@ def test_an_exception_is_handed_over_and_the_thread_goes_on(bench):
         bench.submit(ticket, fault)
         bench.wait()
     assert bench.errors == faults
+    assert bench.failed == [0, 1, 2]
     bench.submit(9)
     bench.wait()
     assert [ticket for ticket, _ in bench.results] == [9]
@@ -200,7 +211,7 @@ def test_steps_after_an_observation_are_not_in_its_query(bench):
 def test_a_step_that_asks_for_a_new_query_is_passed_on_at_once():
     asked = threading.Event()
     policy = FakePolicy()
-    policy.observe_executed = lambda action, images: action == 'fine'
+    policy.observe_executed = lambda action, images, stamps_ns: action == 'fine'
     worker = InferenceWorker(policy, None, None, asked.set)
     worker.observe('coarse', {})
     assert not asked.wait(ABSENT)
@@ -216,6 +227,7 @@ def test_a_bad_step_costs_neither_the_others_nor_the_query(bench):
     bench.submit(1)
     bench.wait(2)
     assert bench.errors == [bad]
+    assert bench.failed == [None], 'a bad step is no failed query'
     assert [step for _, step in calls(bench, 'step')] == ['first', bad, 'last']
     assert len(bench.results) == 1
 
@@ -268,6 +280,172 @@ def test_pruning_that_the_policy_refuses_is_an_error_and_no_end(bench):
     bench.submit(2)
     bench.wait()
     assert bench.results[-1][0] == 2
+
+
+# Asked queries -----------------------------------------------------------------------------------
+
+
+def test_what_is_asked_for_survives_a_reset_and_comes_first(bench):
+    bench.hold(1)
+    bench.submit(2)
+    assert bench.worker.ask(Job(3, 'asked'))
+    assert not bench.worker.ask(Job(4, 'one too many'))
+    bench.submit(5)
+    bench.worker.reset()
+    bench.submit(6)
+    bench.policy.gate.set()
+    bench.wait(3)
+    assert [ticket for ticket, _ in bench.results] == [1, 3, 6]
+
+
+def test_a_query_apart_leaves_the_episode_before_and_after(bench):
+    bench.worker.ask(Job(1, 'apart', apart=True))
+    bench.wait()
+    assert calls(bench) == [('reset', None), ('infer', 'apart'), ('reset', None)]
+    bench.worker.ask(Job(2, ActionError('not finite'), apart=True))
+    bench.wait()
+    assert [kind for kind, _ in calls(bench)][-1] == 'reset', 'also when it fails'
+
+
+def test_steps_wait_for_a_query_of_the_episode(bench):
+    bench.hold(1)
+    bench.worker.observe('before', {})
+    bench.submit(2, 'second')
+    bench.worker.ask(Job(3, 'asked'))
+    bench.policy.gate.set()
+    bench.wait(3)
+    assert calls(bench)[1:] == [('infer', 'asked'), ('step', 'before'), ('infer', 'second')]
+
+
+def test_busy_while_it_infers_and_idle_after(bench):
+    assert bench.worker.is_idle
+    assert bench.worker.busy_s == 0.0
+    bench.hold(1)
+    time.sleep(0.05)
+    assert not bench.worker.is_idle
+    assert 0.05 <= bench.worker.busy_s < 1.0
+    bench.policy.gate.set()
+    bench.wait()
+    assert bench.worker.is_idle
+    assert bench.worker.busy_s == 0.0
+
+
+def test_a_panic_is_handed_over_and_the_thread_goes_on(bench):
+    bench.submit(1, 'scene')
+    bench.wait()
+    bench.policy.infer = lambda observation: (_ for _ in ()).throw(Panic('broken tokenizer'))
+    bench.submit(2)
+    bench.wait()
+    assert 'broken tokenizer' in str(bench.errors[0])
+    assert bench.failed == [2]
+    del bench.policy.infer
+    bench.submit(3)
+    bench.wait()
+    assert bench.results[-1][0] == 3
+
+
+# Faults ----------------------------------------------------------------------------------------
+
+
+class OutOfMemoryError(RuntimeError):
+    """As torch.OutOfMemoryError, and torch.cuda.OutOfMemoryError before it."""
+
+
+@pytest.mark.parametrize(
+    ('error', 'code'),
+    [
+        (OutOfMemoryError('CUDA out of memory'), 'out_of_memory'),
+        (MemoryError(), 'out_of_memory'),
+        (RuntimeError('DefaultCPUAllocator: not enough memory'), 'out_of_memory'),
+        (RuntimeError('shapes differ'), 'inference'),
+        (ZeroDivisionError(), 'inference'),
+        (ActionError('not finite'), 'action'),
+        (ObservationError('camera_stale', 'cameras/wrist', 1, 'old'), 'camera_stale'),
+    ],
+)
+def test_the_fault_that_an_error_stands_for(error, code):
+    assert fault_code(error) == code
+
+
+def test_torchs_own_error_is_known():
+    torch = pytest.importorskip('torch')
+    kind = getattr(torch, 'OutOfMemoryError', None) or torch.cuda.OutOfMemoryError
+    assert fault_code(kind('no memory')) == 'out_of_memory'
+
+
+# Spare work ------------------------------------------------------------------------------------
+
+
+class Spare:
+    """A SpareThread, what it did, and what is in its way."""
+
+    def __init__(self, rate_hz: float = 1000.0):
+        self.done: list[object] = []
+        self.errors: list[Exception] = []
+        self.busy, self.rate_hz = False, rate_hz
+        self.thread = SpareThread(
+            self.work, lambda: self.busy, lambda: self.rate_hz, self.errors.append
+        )
+
+    def work(self, item):
+        if isinstance(item, Exception):
+            raise item
+        self.done.append(item)
+
+    def until(self, count: int, seconds: float = SOON) -> bool:
+        end = time.monotonic() + seconds
+        while len(self.done) < count and time.monotonic() < end:
+            time.sleep(0.002)
+        return len(self.done) >= count
+
+
+@pytest.fixture
+def spare():
+    spare = Spare()
+    yield spare
+    assert spare.thread.stop(SOON)
+
+
+def test_spare_work_is_done_and_a_failure_is_no_end(spare):
+    spare.thread.offer('first')
+    assert spare.until(1)
+    spare.thread.offer(ValueError('bad picture'))
+    time.sleep(ABSENT)
+    spare.thread.offer('second')
+    assert spare.until(2)
+    assert [str(error) for error in spare.errors] == ['bad picture']
+
+
+def test_spare_work_gives_way_and_only_the_newest_is_done(spare):
+    spare.busy = True
+    for item in range(5):
+        spare.thread.offer(item)
+        time.sleep(0.005)
+    assert not spare.done
+    spare.busy = False
+    assert spare.until(1)
+    time.sleep(ABSENT)
+    assert spare.done == [4]
+
+
+def test_spare_work_does_not_give_way_for_ever(spare):
+    spare.busy = True
+    spare.thread.offer('item')
+    assert spare.until(1, 4 * GIVE_WAY_S)
+
+
+def test_rate_of_spare_work(spare):
+    spare.rate_hz = 20.0
+    end = time.monotonic() + 0.5
+    while time.monotonic() < end:
+        spare.thread.offer('item')
+        time.sleep(0.002)
+    assert 5 <= len(spare.done) <= 12
+    spare.rate_hz, count = 0.0, len(spare.done)
+    time.sleep(ABSENT)
+    spare.thread.offer('never')
+    time.sleep(ABSENT)
+    assert len(spare.done) == count
 
 
 # Stop ------------------------------------------------------------------------------------------
@@ -397,7 +575,7 @@ def result(mode: Mode = Mode.COARSE, latency_s: float = 0.1, **changes) -> Simpl
         **{name: np.array(values, np.uint32) for name, values in counts.items()},
         **changes,
     )
-    return SimpleNamespace(report=report)
+    return SimpleNamespace(report=report, chunk=SimpleNamespace(clamped=2))
 
 
 def test_faults_are_counted_by_code(clock):
@@ -506,3 +684,58 @@ def test_unknown_recall_is_left_out_and_a_fallback_named():
     assert 'recall' not in figures
     assert figures['fallback reason'] == 'broke'
     assert figures['queries fallback'] == '1'
+
+
+def test_the_newest_fault_until_it_is_forgiven(clock):
+    health = Health()
+    assert health.newest_fault == ('', '')
+    health.fault('stale', 'a')
+    health.fault('empty', 'b')
+    assert health.newest_fault == ('empty', 'b')
+    health.forgive()
+    assert health.newest_fault == ('', '')
+    assert health.faults()[0] == {'stale': 1, 'empty': 1}
+
+
+def test_rates_of_streams(clock):
+    health = Health()
+    for _ in range(60):
+        health.arrived('cameras/wrist')
+    clock.now += 2.0
+    assert health.rates_hz() == {'cameras/wrist': pytest.approx(30.0)}
+    clock.now += 1.0
+    assert health.rates_hz() == {}
+
+
+def test_figures_of_the_guards():
+    health = Health()
+    health.inferred(result(guard_disagreement=0.02))
+    health.inferred(result(Mode.FALLBACK))
+    health.fault('action', 'not finite')
+    figures = health.guard()
+    assert figures['clamped elements'] == '4'
+    assert figures['actions not finite'] == '1'
+    assert figures['pruning failures'] == '1'
+    assert figures['queries compared with dense'] == '1'
+
+
+def test_keep_ratio():
+    assert keep_ratio(result().report) == pytest.approx(0.2)
+
+
+def test_no_gpu_no_figures():
+    torch = pytest.importorskip('torch')
+    if not torch.cuda.is_available():
+        assert gpu_memory() == {}
+
+
+def test_presence_is_told_once_for_every_loss():
+    peer = Presence(1.0)
+    assert not peer.went(100.0), 'who never came cannot go'
+    for start in (100.0, 200.0):
+        peer.seen(start)
+        assert not peer.went(start + 0.9)
+        assert [peer.went(start + passed) for passed in (1.1, 1.2, 9.0)] == [True, False, False]
+        assert peer.is_gone(start + 9.0)
+    peer.forget()
+    assert not peer.is_gone(300.0)

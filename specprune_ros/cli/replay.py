@@ -1,10 +1,18 @@
-"""Play a recording as ROS topics: cameras, joint states, executed actions, instruction."""
+"""Play a recording as ROS topics: cameras, joint states, executed actions, instruction.
+
+With --verify nothing is played and no ROS is needed: every decision that vla_node recorded is
+computed again from the inputs that it read, and compared bit for bit.
+"""
 
 from __future__ import annotations
 
 import argparse
 
-from specprune_ros.cli.options import add_recording_arguments, recording_from
+from specprune_ros.cli.options import (
+    add_config_arguments,
+    add_recording_arguments,
+    recording_from,
+)
 from specprune_ros.errors import MissingDependencyError
 from specprune_ros.ros.arguments import ros_arguments
 
@@ -15,11 +23,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--rate', type=float, default=1.0, help='speed, 1 is as recorded')
     parser.add_argument('--loop', action='store_true', help='start again at the end')
     parser.add_argument('--transport', choices=('raw', 'compressed'), default='raw')
+    parser.add_argument(
+        '--verify',
+        action='store_true',
+        help="compare with the recorded decisions; parameters: --params, else <recording>.yaml's",
+    )
+    add_config_arguments(parser)
     parser.add_argument('--ros-args', nargs=argparse.REMAINDER, default=[], help='passed to rclpy')
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
+    if arguments.verify:
+        from specprune_ros.cli import replay_verify  # needs OpenCV, which bench runs without
+
+        return replay_verify.run(arguments)
     recording = recording_from(arguments)  # fails before any ROS starts
     try:
         from specprune_ros.ros import replay_node

@@ -1,9 +1,9 @@
 """Our own loop over a loaded language model's decoder layers, so that tokens can go on the way.
 
-The layers' submodules (Llama and Qwen2 shape, grouped-query attention included) are called as
-they were loaded: nothing is patched, copied or vendored. With nothing pruned, the result equals
-the loaded model's own forward. Pruned rows keep the position ids of the full sequence: with
-renumbered positions success falls by half (VLA-ACL, Table IV).
+The layers (Llama and Qwen2 shape, grouped-query attention included) are called as loaded, or with
+their projections fused (blocks.py): nothing is patched, copied or vendored. With nothing pruned,
+the result equals the loaded model's own forward. Pruned rows keep the position ids of the full
+sequence: with renumbered positions success falls by half (VLA-ACL, Table IV).
 """
 
 from __future__ import annotations
@@ -17,11 +17,28 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from specprune_ros.errors import PruningError
+from specprune_ros.models.blocks import Block, Rotary
 from specprune_ros.pruning.base import PruneRun
 from specprune_ros.token_layout import TokenLayout
 
 Lap = Callable[[str], None]
+# Rotated query [H, Q, D], key and value [H, K, D], and whether to mask -> [H, Q, D].
+Attend = Callable[[Tensor, Tensor, Tensor, bool], Tensor]
 SCORE_CHUNK = 128  # query rows whose attention to all keys is formed at a time
+
+
+def attend_fused(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Tensor:
+    """Attention by one kernel that never forms the probabilities; see Attend."""
+    return F.scaled_dot_product_attention(query[None], key[None], value[None], is_causal=causal)[0]
+
+
+def attend_eager(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Tensor:
+    """The same with all probabilities formed: what published speedups are often relative to."""
+    logits = query @ key.mT * query.shape[-1] ** -0.5
+    if causal:
+        row = torch.arange(logits.shape[-1], device=logits.device)
+        logits = logits.masked_fill(row > row[:, None], -torch.inf)
+    return logits.softmax(dim=-1, dtype=torch.float32).to(value.dtype) @ value
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +53,8 @@ class Decoder:
         rotary_scale: factor on cos and sin (1 without RoPE scaling).
         head_dim: D.
         causal: False when every token sees every token (OpenVLA-OFT).
+        blocks: the layers as the loop calls them.
+        attend: the form of attention.
     """
 
     layers: Sequence[nn.Module]
@@ -44,6 +63,8 @@ class Decoder:
     rotary_scale: float
     head_dim: int
     causal: bool
+    blocks: Sequence[Block]
+    attend: Attend = attend_fused
 
     @property
     def width(self) -> int:
@@ -65,21 +86,22 @@ class Decoder:
         """
         config = model.config
         head_dim = getattr(config, 'head_dim', None)
+        head_dim = head_dim or config.hidden_size // config.num_attention_heads
         return cls(
             layers=model.layers,
             norm=model.norm,
             inverse_frequencies=model.rotary_emb.inv_freq,
             rotary_scale=float(getattr(model.rotary_emb, 'attention_scaling', 1.0)),
-            head_dim=head_dim or config.hidden_size // config.num_attention_heads,
+            head_dim=head_dim,
             causal=causal,
+            blocks=[Block(layer, head_dim) for layer in model.layers],
         )
 
-    def rotary(self, pos_idx: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos and sin, [K, D] each, of positions [K]; formed in float32, then cast."""
+    def rotary(self, pos_idx: Tensor, dtype: torch.dtype) -> Rotary:
+        """Of positions [K]; formed in float32, then cast."""
         angles = pos_idx[:, None].float() * self.inverse_frequencies.float()
-        angles = torch.cat((angles, angles), dim=-1)
-        scale = self.rotary_scale
-        return (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)
+        cos, sin = angles.cos() * self.rotary_scale, angles.sin() * self.rotary_scale
+        return Rotary(torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype))
 
 
 @dataclass(frozen=True, eq=False)
@@ -228,6 +250,81 @@ def log_sum_exp(query: Tensor, key: Tensor) -> Tensor | None:
     return None
 
 
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """What goes on after a layer: rows [K'] of those before, and their rotary embedding."""
+
+    row_idx: Tensor
+    rotary: Rotary
+
+
+class Passage:
+    """A pass's course: which rows go on after which layer. One that keeps what a former pass kept.
+
+    Attributes:
+        rotary: of all rows of the unpruned sequence.
+        kept: 1-based layer -> what goes on after it.
+        pos_idx: [K] positions of the rows that came through.
+    """
+
+    def __init__(self, rotary: Rotary, kept: dict[int, Kept], pos_idx: Tensor):
+        self.rotary = rotary
+        self.kept = kept
+        self.pos_idx = pos_idx
+
+    def after_layer(self, layer: int, hidden: Tensor, query: Tensor, key: Tensor) -> Kept | None:
+        """What goes on after a layer; None for everything."""
+        return self.kept.get(layer)
+
+
+class FirstPassage(Passage):
+    """A pass's course as a method decides on it.
+
+    Args:
+        decoder: the layers.
+        embeds: [S, C] input embeddings.
+        layout: of the unpruned sequence.
+        run: decides after every layer.
+        lap: see `decode`.
+        check: whether to read keep sets back and check them; a GPU's host would wait for that.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        embeds: Tensor,
+        layout: TokenLayout,
+        run: PruneRun,
+        lap: Lap,
+        check: bool,
+    ):
+        self._rows = SurvivingRows(layout, embeds.device)
+        super().__init__(decoder.rotary(self._rows.pos_idx, embeds.dtype), {}, self._rows.pos_idx)
+        self._causal = decoder.causal
+        self._run = run
+        self._lap = lap
+        self._check = check
+        self._current = self.rotary
+
+    def after_layer(self, layer: int, hidden: Tensor, query: Tensor, key: Tensor) -> Kept | None:
+        """Ask the run.
+
+        Raises:
+            PruningError: a keep set is empty, too long, out of order, or no subset of what was
+                alive.
+        """
+        probe = Probe(layer, hidden, query, key, self._causal, self._rows)
+        keep = _ask(self._run, probe, self._check)
+        self._lap('score' if keep is None else 'select')
+        if keep is None:
+            return None
+        row_idx = self._rows.keep(keep)
+        self._current = self._current.rows(row_idx)
+        self.kept[layer] = Kept(row_idx, self._current)
+        self.pos_idx = self._rows.pos_idx
+        return self.kept[layer]
+
+
 def decode(
     decoder: Decoder,
     embeds: Tensor,
@@ -252,19 +349,27 @@ def decode(
     Raises:
         PruningError: a keep set is empty, too long, out of order, or no subset of what was alive.
     """
-    rows = SurvivingRows(layout, embeds.device)
-    cos, sin = decoder.rotary(rows.pos_idx, embeds.dtype)
-    hidden = embeds
+    passage = FirstPassage(decoder, embeds, layout, run, lap, check=on_host(embeds))
+    return _pass(decoder, embeds, passage, cache, lap)
+
+
+def on_host(tensor: Tensor) -> bool:
+    """Whether reading a tensor's values back costs nothing."""
+    return tensor.device.type == 'cpu'
+
+
+def _pass(
+    decoder: Decoder, embeds: Tensor, passage: Passage, cache: KVCache | None, lap: Lap
+) -> Decoded:
+    hidden, rotary = embeds, passage.rotary
     for index in range(len(decoder.layers)):
-        hidden, query, key = _layer_forward(decoder, index, hidden, cos, sin, cache)
+        hidden, query, key = _layer_forward(decoder, index, hidden, rotary, cache)
         lap('decode')
-        keep = _ask(run, Probe(index + 1, hidden, query, key, decoder.causal, rows))
-        lap('score' if keep is None else 'select')
-        if keep is not None:
-            gather = rows.keep(keep)
-            hidden, cos, sin = hidden[gather], cos[gather], sin[gather]
+        kept = passage.after_layer(index + 1, hidden, query, key)
+        if kept is not None:
+            hidden, rotary = hidden[kept.row_idx], kept.rotary
             lap('gather')
-    decoded = Decoded(decoder.norm(hidden), rows.pos_idx)
+    decoded = Decoded(decoder.norm(hidden), passage.pos_idx)
     lap('decode')
     return decoded
 
@@ -274,12 +379,20 @@ class QueryDecoder:
 
     A diffusion head passes once per denoising step, a causal model goes on token by token.
 
+    What denoising steps share is computed once: the embeddings of images and text, the choice of
+    tokens, where survivors stand and their rotary embedding. Hidden states cannot be shared: in a
+    bidirectional decoder those of every token change with the noisy actions from the first
+    layer's output on, and with them all later keys and values. A cache of them would be an
+    approximation. Exact would be only the first layer's queries, keys and values of tokens that
+    are no actions: less than a 32nd of a pass's projections, which is not worth a path of its own.
+
     Args:
         decoder: the layers.
         layout: of the unpruned sequence.
         run: the method's, asked in the first pass only.
         keep_floor: share of all visual tokens that must stay at the least.
         lap: told 'act' before every pass, then as `decode` says; for the clock.
+        check: whether keep sets are read back and checked; None: where that costs nothing.
     """
 
     def __init__(
@@ -290,19 +403,26 @@ class QueryDecoder:
         *,
         keep_floor: float = 0.0,
         lap: Lap = lambda stage: None,
+        check: bool | None = None,
     ):
         self._decoder = decoder
         self._layout = layout
-        self._run: PruneRun = _Recorder(run, math.ceil(keep_floor * layout.visual_count))
+        self._run: PruneRun = _Floor(run, math.ceil(keep_floor * layout.visual_count))
         self._lap = lap
+        self._check = check
+        self._course: Passage | None = None
 
     def __call__(self, embeds: Tensor, cache: KVCache | None = None) -> Decoded:
         """One pass over [S, C]; see `decode`."""
         self._lap('act')
-        decoded = decode(self._decoder, embeds, self._layout, self._run, cache, self._lap)
-        if isinstance(self._run, _Recorder):
-            self._run = _Replay(self._run.kept)
+        passage = self._course or self._first(embeds)
+        decoded = _pass(self._decoder, embeds, passage, cache, self._lap)
+        self._course = Passage(passage.rotary, passage.kept, passage.pos_idx)
         return decoded
+
+    def _first(self, embeds: Tensor) -> Passage:
+        check = on_host(embeds) if self._check is None else self._check
+        return FirstPassage(self._decoder, embeds, self._layout, self._run, self._lap, check)
 
     def extend(self, embeds: Tensor, pos_idx: Tensor, cache: KVCache) -> Tensor:
         """Decode one token more.
@@ -317,53 +437,39 @@ class QueryDecoder:
         """
         self._lap('act')
         decoder, hidden = self._decoder, embeds
-        cos, sin = decoder.rotary(pos_idx, embeds.dtype)
+        rotary = decoder.rotary(pos_idx, embeds.dtype)
         for index in range(len(decoder.layers)):
-            hidden, _, _ = _layer_forward(decoder, index, hidden, cos, sin, cache)
+            hidden, _, _ = _layer_forward(decoder, index, hidden, rotary, cache)
         self._lap('decode')
         return decoder.norm(hidden)
 
 
-class _Recorder(PruneRun):
-    """Passes on what a run keeps, refuses too little, and remembers it."""
+class _Floor(PruneRun):
+    """Passes on what a run keeps, and refuses too little."""
 
     def __init__(self, run: PruneRun, least: int):
         super().__init__(run.context)
         self._run = run
         self._least = least
-        self.kept: dict[int, Tensor] = {}
 
     def after_layer(self, probe: Probe) -> Tensor | None:
         keep = self._run.after_layer(probe)
-        if keep is not None:
-            if len(keep) < self._least:
-                raise PruningError(
-                    f'layer {probe.layer}: keeps {len(keep)} visual tokens, less than '
-                    f'{self._least} (pruning.keep_floor)'
-                )
-            self.kept[probe.layer] = keep
+        if keep is not None and len(keep) < self._least:
+            raise PruningError(
+                f'layer {probe.layer}: keeps {len(keep)} visual tokens, less than '
+                f'{self._least} (pruning.keep_floor)'
+            )
         return keep
 
 
-class _Replay(PruneRun):
-    """Keeps what an earlier pass kept."""
-
-    def __init__(self, kept: dict[int, Tensor]):
-        self._kept = kept
-
-    def after_layer(self, probe: Probe) -> Tensor | None:
-        return self._kept.get(probe.layer)
-
-
-def _ask(run: PruneRun, probe: Probe) -> Tensor | None:
+def _ask(run: PruneRun, probe: Probe, check: bool) -> Tensor | None:
     keep = run.after_layer(probe)
     if keep is None:
         return None
     alive = probe.visual_idx
     if not 0 < len(keep) <= len(alive):
         raise PruningError(f'layer {probe.layer}: keeps {len(keep)} of {len(alive)} visual tokens')
-    # Reading values back would make a GPU's host wait; there the shape is all that is checked.
-    if keep.device.type == 'cpu':
+    if check:
         if (keep[1:] <= keep[:-1]).any():
             raise PruningError(f'layer {probe.layer}: keeps tokens out of order or twice')
         if not torch.isin(keep, alive, assume_unique=True).all():
@@ -372,17 +478,11 @@ def _ask(run: PruneRun, probe: Probe) -> Tensor | None:
 
 
 def _layer_forward(
-    decoder: Decoder, index: int, hidden: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None
+    decoder: Decoder, index: int, hidden: Tensor, rotary: Rotary, cache: KVCache | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One pre-norm decoder layer on [K, C]; also its rotated query and key, [H, K, D] each."""
-    layer = decoder.layers[index]
-    attention = layer.self_attn
-    normed = layer.input_layernorm(hidden)
-    query, key, value = (
-        projection(normed).unflatten(-1, (-1, decoder.head_dim)).transpose(0, 1)
-        for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
-    )
-    query, key = _rotate(query, cos, sin), _rotate(key, cos, sin)
+    block = decoder.blocks[index]
+    query, key, value = block.heads(hidden, rotary)
     if cache is not None:
         key, value = cache.extend(index, key, value)
     groups = query.shape[0] // key.shape[0]
@@ -390,15 +490,7 @@ def _layer_forward(
         key, value = key.repeat_interleave(groups, 0), value.repeat_interleave(groups, 0)
     # A token that continues a cached sequence sees all of it; only a pass from its start masks.
     from_start = query.shape[1] == key.shape[1]
-    mixed = F.scaled_dot_product_attention(
-        query[None], key[None], value[None], is_causal=decoder.causal and from_start
-    )[0]
-    hidden = hidden + attention.o_proj(mixed.transpose(0, 1).flatten(1))
-    hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+    mixed = decoder.attend(query, key, value, decoder.causal and from_start)
+    hidden = hidden + block.output(mixed.transpose(0, 1).flatten(1))
+    hidden = hidden + block.mlp(hidden)
     return hidden, query, key
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding in the half-rotation convention: element i pairs with i + D/2."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin

@@ -1,4 +1,4 @@
-"""Stand-ins of the OpenVLA-OFT architecture, small enough for a CPU, with random weights.
+"""Stand-ins of the OpenVLA-OFT architecture with random weights, most small enough for a CPU.
 
 THEIR ACTIONS MEAN NOTHING. They exist so that the package runs, is tested, demonstrated and
 measured without a download: same towers, projector, bidirectional Llama, placeholders and head as
@@ -70,6 +70,19 @@ SIZES = {
             'num_attention_heads': 8,
         },
     ),
+    # The published model's shape, for a GPU: how long it takes, without its 15 GB of weights.
+    'random_7b': Sizes(
+        TowerConfig(width=1024, depth=24, heads=16, mlp_width=4096, registers=4, layer_scale=True),
+        TowerConfig(
+            width=1152, depth=27, heads=16, mlp_width=4304, registers=None, layer_scale=False
+        ),
+        {
+            'hidden_size': 4096,
+            'intermediate_size': 11008,
+            'num_hidden_layers': 32,
+            'num_attention_heads': 32,
+        },
+    ),
 }
 LLAMA = {
     'vocab_size': 1024,
@@ -124,7 +137,7 @@ def load(config: PolicyConfig, device: torch.device) -> OpenVLAOFT:
     generator = torch.Generator().manual_seed(config.model.seed)
     for module in filter(None, modules.values()):
         _randomize(module, generator)
-        module.eval().requires_grad_(False).to(device)
+        _place(module.eval().requires_grad_(False), device, _dtype(config, device))
     side = dino.image_size // dino.patch_size
     size = (dino.image_size, dino.image_size)
     preprocessor = make_preprocessor(
@@ -171,6 +184,20 @@ def _randomize(module: nn.Module, generator: torch.Generator) -> None:
             std = 1.0 if 'embed' in name and 'proj' not in name else gain / math.sqrt(fan_in)
             value = torch.randn(parameter.shape, generator=generator) * std
         parameter.data.copy_(value)
+
+
+def _dtype(config: PolicyConfig, device: torch.device) -> torch.dtype:
+    wanted = config.model.dtype
+    if wanted == 'auto':
+        wanted = 'bfloat16' if device.type == 'cuda' else 'float32'
+    return getattr(torch, wanted)
+
+
+def _place(module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Weights in a number format; constants such as rotary frequencies stay float32."""
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(device, dtype)
+    module.to(device)
 
 
 def _bounds(size: int, limit: float) -> Bounds:

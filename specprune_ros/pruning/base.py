@@ -13,6 +13,7 @@ placeholders and the stop token cannot be pruned.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
@@ -119,7 +120,7 @@ class PruneRun:
     def trace(self) -> PruneTrace:
         """What this run did; called once, after the last layer."""
         shape = (len(self.context.layout.cameras), self.context.layout.patches)
-        nothing = torch.zeros(shape, dtype=torch.uint8)
+        nothing = torch.zeros(shape, dtype=torch.uint8, device=self.context.device)
         return PruneTrace(
             mode=Mode.DENSE,
             mode_reason='nothing is pruned',
@@ -156,6 +157,20 @@ class PruneMethod:
             ConfigError: naming the field and its value.
         """
 
+    def graph_key(self, context: QueryContext) -> Hashable | None:
+        """What decides the course of a run, beside the shapes of the context's tensors.
+
+        A run whose course depends on nothing else can be recorded as a CUDA graph once, and
+        replayed for every context of the same key. This one cannot.
+
+        Args:
+            context: its tensors may be missing; their values must not be read.
+
+        Returns:
+            None when what lies on the device decides too, or the host must see it.
+        """
+        return None
+
     def begin(self, context: QueryContext) -> PruneRun:
         """Start one inference."""
         raise NotImplementedError
@@ -174,6 +189,10 @@ class KeepAll(PruneMethod):
     """`none`: the dense model."""
 
     name = 'none'
+
+    def graph_key(self, context: QueryContext) -> Hashable | None:
+        """One course for all; a subclass may do otherwise."""
+        return (self.name,) if type(self) is KeepAll else None
 
     def begin(self, context: QueryContext) -> PruneRun:
         """Start one inference that prunes nothing."""

@@ -127,7 +127,7 @@ def select_fixed(
     share = local_score / local_score.amax(dim=-1, keepdim=True).clamp_min(1e-30)
     by_rank = 1.0 / (1.0 + torch.minimum(global_rank, local_rank))
     # Tier in the integer part, order within it in a fraction below 1.
-    key = torch.where(votes >= 2, votes + 2.0, 0.0) + 0.99 * share
+    key = (votes + 2.0).masked_fill(votes < 2, 0.0) + 0.99 * share
     key = torch.where((votes == 1) & dynamic_set, 3.0 + 0.49 * (1.0 - similarity), key)
     key = torch.where((votes == 1) & ~dynamic_set, 2.0 + 0.99 * by_rank, key)
     order = key.argsort(dim=-1, descending=True, stable=True)[:, :count]

@@ -153,4 +153,4 @@ def recall(previous: Tensor, current: Tensor) -> Tensor:
     """
     size = current.sum(dim=-1)
     common = (previous & current).sum(dim=-1)
-    return torch.where(size > 0, common / size.clamp_min(1), torch.nan)
+    return (common / size.clamp_min(1)).masked_fill(size == 0, torch.nan)

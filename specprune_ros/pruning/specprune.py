@@ -6,7 +6,9 @@ or differs from the released code, each choice is a field of PruneConfig.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -64,6 +66,33 @@ class Schedule:
         return cls(prune=prune, update=update, important=important)
 
 
+def budget_of(config: PruneConfig, context: QueryContext) -> str:
+    """'union' or 'fixed'; by the device where the configuration leaves it open."""
+    if config.budget != 'auto':
+        return config.budget
+    return 'fixed' if context.device.type == 'cuda' else 'union'
+
+
+def why_dense(config: PruneConfig, context: QueryContext, *, asked: bool = False) -> str:
+    """Why nothing goes in a query, in words; empty where it prunes.
+
+    Args:
+        config: how it prunes.
+        context: the query.
+        asked: whether somebody wants nothing to go.
+    """
+    if context.memory is None:
+        return 'first query of the episode'
+    if asked:
+        return 'nothing may go in this query'
+    if config.dense_every and context.query % config.dense_every == 0:
+        return 'periodic refresh'
+    # All of a camera that returned stays. The fixed budget has no shape for that.
+    if context.unseen and budget_of(config, context) == 'fixed':
+        return 'a camera returned'
+    return ''
+
+
 @dataclass(frozen=True, eq=False)
 class Memory:
     """What one query leaves to the next.
@@ -91,10 +120,8 @@ class SpecPruneRun(PruneRun):
         self._fine = context.fine and config.controller
         self._k = k_budget(config, self._fine, context.alpha)
         self._shape = (len(context.layout.cameras), context.layout.patches)
-        self._budget = config.budget
-        if self._budget == 'auto':
-            self._budget = 'fixed' if context.device.type == 'cuda' else 'union'
-        self._dense_why = self._why_dense(dense)
+        self._budget = budget_of(config, context)
+        self._dense_why = why_dense(config, context, asked=dense)
         self._dense = bool(self._dense_why)
         new = {'device': context.device}
         self._local_rank = torch.full(self._shape, torch.inf, **new)
@@ -129,6 +156,10 @@ class SpecPruneRun(PruneRun):
 
     def memory(self) -> Memory:
         """V_global for the next query, and the layers' confidence."""
+        return self._left
+
+    @cached_property
+    def _left(self) -> Memory:
         confidence = (
             scores.layer_confidence(torch.stack(self._entropy))
             if self._entropy
@@ -160,20 +191,6 @@ class SpecPruneRun(PruneRun):
     @property
     def _memory(self) -> Memory:
         return self.context.memory
-
-    def _why_dense(self, asked: bool) -> str:
-        """Why nothing goes in this query, in words; empty where it prunes."""
-        every, context = self._config.dense_every, self.context
-        if context.memory is None:
-            return 'first query of the episode'
-        if asked:
-            return 'nothing may go in this query'
-        if every and context.query % every == 0:
-            return 'periodic refresh'
-        # All of a camera that returned stays. The fixed budget has no shape for that.
-        if context.unseen and self._budget == 'fixed':
-            return 'a camera returned'
-        return ''
 
     def _text_attention(self, probe: LayerProbe) -> Tensor:
         return probe.text_attention(prompt=self._config.score_text == 'prompt')
@@ -300,6 +317,14 @@ class SpecPrune(PruneMethod):
             rotation_threshold=self.config.rotation_threshold,
             hysteresis=self.config.hysteresis,
         )
+
+    def graph_key(self, context: QueryContext) -> Hashable | None:
+        """None where the union's size decides; a subclass may do otherwise."""
+        dense = why_dense(self.config, context)
+        static = bool(dense) or budget_of(self.config, context) == 'fixed'
+        if not static or type(self) is not SpecPrune:
+            return None
+        return self.config, context.fine, context.alpha, dense, context.unseen
 
     def check_depth(self, depth: int) -> None:
         """Refuse layers that leave nothing to prune by; see Schedule.of."""

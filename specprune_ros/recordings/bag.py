@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,13 +31,18 @@ from specprune_ros.types import ExecutedAction
 if TYPE_CHECKING:
     from rosbags.highlevel import AnyReader
 
+NS = 1_000_000_000
 IMAGE = 'sensor_msgs/msg/Image'
 COMPRESSED = 'sensor_msgs/msg/CompressedImage'
 JOINTS = 'sensor_msgs/msg/JointState'
 POSE = 'geometry_msgs/msg/PoseStamped'
 TEXT = 'std_msgs/msg/String'
 EXECUTED = 'specprune_ros/msg/ExecutedAction'
-OWN_MESSAGES = ('ActionChunk', 'ExecutedAction', 'PruningDiagnostics')
+STATUS = 'specprune_ros/msg/VlaStatus'  # says the task where it came as an action or a service
+OWN_MESSAGES = (
+    *('ActionChunk', 'ExecutedAction', 'ModelInfo', 'PruningDiagnostics'),
+    *('StreamerStatus', 'VlaStatus'),
+)
 # Words of an image topic that name no camera.
 TOPIC_TAILS = (
     *('image', 'image_raw', 'image_rect', 'image_rect_raw', 'image_rect_color', 'image_color'),
@@ -56,6 +61,10 @@ class BagRecording:
             `<name>`, of any other image topic the last telling word is its name.
         instruction: the task; empty takes the bag's instruction topic.
 
+    Attributes:
+        topics: topic -> message type of all that hold messages.
+        start_ns: when the first message was written.
+
     Raises:
         RecordingError: not a rosbag2, no image topic, or a named topic is missing.
         MissingDependencyError: rosbags is not installed.
@@ -66,18 +75,20 @@ class BagRecording:
         self._instruction = instruction
         with self._reading() as reader:
             types = {c.topic: c.msgtype for c in reader.connections if c.msgcount}
+            self.topics = types
             self._images = self._camera_topics(reader, types, cameras or {})
             self._others = {t: kind for t, kind in types.items() if _is_wanted(t, kind)}
             self.duration_s = reader.duration / 1e9
-            self._start_ns = reader.start_time
+            self.start_ns = reader.start_time
             self._choose_joints(reader)
             self._choose_pose()
             counts = Counter({c.topic: c.msgcount for c in reader.connections})
         self.cameras = tuple(self._images)
+        self._choose_instruction()
         actions = sum(counts[t] for t, kind in self._others.items() if kind == EXECUTED)
         self.has_actions = actions > 0
         self.control_steps = actions or max(counts[topic] for topic in self._images.values())
-        has_text = any(kind == TEXT for kind in self._others.values())
+        has_text = any(kind in (TEXT, STATUS) for kind in self._others.values())
         if not instruction and not has_text:
             self._instruction = re.sub(r'[_\-\s]+', ' ', path.stem).strip()
 
@@ -85,19 +96,45 @@ class BagRecording:
         """All events by bag time, from 0 at the bag's start."""
         if self._instruction:
             yield InstructionEvent(0, self._instruction)
-        topics = {topic: camera for camera, topic in self._images.items()}
+        for _, _, event in self.stamped_events():
+            yield event
+
+    def stamped_events(self) -> Iterator[tuple[int, int, Event]]:
+        """When a message was written, its header's stamp, and the event, by bag time.
+
+        Both are ns; the first is of the recorder's clock and counts from the bag's start, the
+        second is of the sender's. A text has no header: 0.
+
+        Raises:
+            RecordingError: the data is damaged from here on.
+        """
+        cameras = {topic: camera for camera, topic in self._images.items()}
+        task = ''
+        for topic, kind, written, message in self.messages({*cameras, *self._others}):
+            since, stamp = written - self.start_ns, _header_ns(message)
+            if topic in cameras:
+                try:
+                    yield since, stamp, _camera_event(since, cameras[topic], message)
+                except ObservationError as error:
+                    yield since, stamp, error
+            elif kind == STATUS:
+                if message.instruction not in ('', task) and not self._instruction:
+                    task = message.instruction
+                    yield since, stamp, InstructionEvent(since, task)
+            elif kind != TEXT or not self._instruction:
+                yield since, stamp, _CONVERTERS[kind](since, message)
+
+    def messages(self, topics: Collection[str]) -> Iterator[tuple[str, str, int, object]]:
+        """Topic, type, time of writing (ns) and message of some topics, by that time.
+
+        Raises:
+            RecordingError: the data is damaged from here on.
+        """
         with self._reading() as reader:
-            wanted = [c for c in reader.connections if c.topic in {**topics, **self._others}]
-            for connection, stamp, raw in reader.messages(wanted):
+            wanted = [c for c in reader.connections if c.topic in topics]
+            for connection, written, raw in reader.messages(wanted):
                 message = reader.deserialize(raw, connection.msgtype)
-                since = stamp - self._start_ns
-                if connection.topic in topics:
-                    try:
-                        yield _camera_event(since, topics[connection.topic], message)
-                    except ObservationError as error:
-                        yield error
-                elif connection.msgtype != TEXT or not self._instruction:
-                    yield _CONVERTERS[connection.msgtype](since, message)
+                yield connection.topic, connection.msgtype, written, message
 
     @contextmanager
     def _reading(self) -> Iterator[AnyReader]:
@@ -142,6 +179,11 @@ class BagRecording:
         self.has_poses = bool(topics)
         for topic in topics[1:]:
             del self._others[topic]
+
+    def _choose_instruction(self) -> None:
+        """Take the instruction topic; the node's status, which repeats the task, without one."""
+        if TEXT in self._others.values():
+            self._others = {t: kind for t, kind in self._others.items() if kind != STATUS}
 
     def _camera_topics(
         self, reader: AnyReader, types: dict[str, str], asked: dict[str, str]
@@ -214,7 +256,13 @@ def _is_wanted(topic: str, kind: str) -> bool:
         return topic.rstrip('/').endswith('instruction')
     if kind == POSE:
         return topic.rpartition('/')[2] == 'eef_pose'
-    return kind in (JOINTS, EXECUTED)
+    return kind in (JOINTS, EXECUTED, STATUS)
+
+
+def _header_ns(message) -> int:
+    if not hasattr(message, 'header'):
+        return 0
+    return message.header.stamp.sec * NS + message.header.stamp.nanosec
 
 
 def _camera_event(stamp: int, camera: str, message) -> CameraEvent:
@@ -250,8 +298,9 @@ def _executed_action(stamp: int, message) -> ExecutedAction:
         space=int(message.space),
         frame_id=message.header.frame_id,
         chunk_id=int(message.chunk_id),
+        epoch=int(getattr(message, 'epoch', 0)),  # bags of old have none
         step=int(message.step),
-        step_dt_s=message.step_dt.sec + message.step_dt.nanosec / 1e9,
+        step_dt_s=message.step_dt.sec + message.step_dt.nanosec / NS,
         dry_run=bool(message.dry_run),
     )
 

@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import array
 import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from builtin_interfaces.msg import Duration, Time
-from geometry_msgs.msg import PoseStamped
+from geometry_msgs.msg import PoseStamped, TwistStamped
 from sensor_msgs.msg import CompressedImage as CompressedImageMsg
 from sensor_msgs.msg import Image, JointState
+from std_msgs.msg import Float64MultiArray
+from trajectory_msgs.msg import JointTrajectory, JointTrajectoryPoint
 
 from specprune_ros.images import CompressedImage, RawImage
 from specprune_ros.msg import ActionChunk as ActionChunkMsg
 from specprune_ros.msg import ExecutedAction as ExecutedActionMsg
-from specprune_ros.msg import PruningDiagnostics
+from specprune_ros.msg import PruningDiagnostics, StreamerStatus
 from specprune_ros.types import ActionChunk, ExecutedAction, PolicyResult, PruneReport
+
+if TYPE_CHECKING:
+    from specprune_ros.streaming.streamer import JointTarget, PoseTarget, Streamer, TwistTarget
 
 NS = 1_000_000_000
 TIME, DURATION = 'builtin_interfaces/Time', 'builtin_interfaces/Duration'
-TYPECODES = {'double': 'd', 'float': 'f', 'uint8': 'B', 'uint32': 'I'}
+TYPECODES = {'double': 'd', 'float': 'f', 'uint8': 'B', 'uint32': 'I', 'int64': 'q', 'uint64': 'Q'}
 
 
 def to_ns(stamp: Time | Duration) -> int:
@@ -99,7 +106,11 @@ def chunk_to_msg(chunk: ActionChunk) -> ActionChunkMsg:
 
 
 def chunk_from_msg(msg: ActionChunkMsg) -> ActionChunk:
-    """Message -> action chunk."""
+    """Message -> action chunk.
+
+    Raises:
+        ValueError: the numbers do not make `horizon` rows of one per name.
+    """
     values = _from_msg(msg, ActionChunk)
     shape = (msg.horizon, len(msg.names))
     for name in ('data', 'normalized'):
@@ -130,6 +141,55 @@ def executed_to_msg(action: ExecutedAction) -> ExecutedActionMsg:
 def executed_from_msg(msg: ExecutedActionMsg) -> ExecutedAction:
     """Message -> executed action."""
     return ExecutedAction(**_from_msg(msg, ExecutedAction))
+
+
+def joint_target_to_msg(target: JointTarget, stamp_ns: int) -> JointTrajectory:
+    """Joint target -> trajectory of one point, to be reached after the target's duration.
+
+    A target without positions gives a trajectory without points, which ends the running one.
+    """
+    msg = JointTrajectory(joint_names=list(target.names))
+    msg.header.stamp = to_time(stamp_ns)
+    if len(target.positions) == 0:
+        return msg
+    point = JointTrajectoryPoint(time_from_start=to_duration(target.duration_s))
+    point.positions = _doubles(target.positions)
+    if target.velocities is not None:
+        point.velocities = _doubles(target.velocities)
+    msg.points = [point]
+    return msg
+
+
+def twist_target_to_msg(target: TwistTarget, stamp_ns: int) -> TwistStamped:
+    """Twist target -> message."""
+    msg = TwistStamped()
+    msg.header.stamp, msg.header.frame_id = to_time(stamp_ns), target.frame_id
+    linear, angular = msg.twist.linear, msg.twist.angular
+    linear.x, linear.y, linear.z = map(float, target.linear)
+    angular.x, angular.y, angular.z = map(float, target.angular)
+    return msg
+
+
+def pose_target_to_msg(target: PoseTarget, stamp_ns: int) -> PoseStamped:
+    """Pose target -> message."""
+    return pose_to_msg(target.position, target.quaternion_xyzw, stamp_ns, target.frame_id)
+
+
+def fill_streamer_status(msg: StreamerStatus, streamer: Streamer) -> None:
+    """What the streamer counts -> the fields of the same names."""
+    for name in ('epoch', 'chunk_id', 'step', 'queue_depth', 'commands', 'chunks_rejected'):
+        setattr(msg, name, int(getattr(streamer, name)))
+    msg.clamped = _sequence(streamer.clamped, 'sequence<uint64>')
+    msg.rejected = _sequence(streamer.rejected, 'sequence<uint64>')
+
+
+def gripper_to_msg(positions: Sequence[float]) -> Float64MultiArray:
+    """Gripper positions [G] in m or rad -> message."""
+    return Float64MultiArray(data=_doubles(positions))
+
+
+def _doubles(values: Sequence[float]) -> array.array:
+    return array.array('d', map(float, values))
 
 
 def _to_msg(value: object, msg):

@@ -7,15 +7,20 @@ import os
 import signal
 import sys
 import threading
+from collections import deque
 from collections.abc import Callable
 from typing import Protocol
 
 import rclpy
 from rclpy.exceptions import ParameterException
 from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
+from rclpy.node import Node
 from rclpy.signals import SignalHandlerOptions
 
 SPIN_S = 0.1  # longest time until a signal is noticed
+# For how long one thread may hold the interpreter while another wants it. Python's 5 ms would lie
+# between an image and the inference thread, and between that and the chunk on the wire.
+SWITCH_S = 5e-4
 
 
 class StoppableNode(Protocol):
@@ -26,6 +31,29 @@ class StoppableNode(Protocol):
 
     def destroy_node(self) -> None:
         """As rclpy.node.Node does."""
+
+
+class Mailbox:
+    """Calls that other threads, or callbacks in which they would come too early, leave for later.
+
+    They run in the executor's thread, in order.
+
+    Args:
+        node: whose executor runs them.
+    """
+
+    def __init__(self, node: Node):
+        self._calls: deque[Callable[[], None]] = deque()
+        self._guard = node.create_guard_condition(self._run)
+
+    def post(self, call: Callable[[], None]) -> None:
+        """Leave a call."""
+        self._calls.append(call)
+        self._guard.trigger()
+
+    def _run(self) -> None:
+        for _ in range(len(self._calls)):
+            self._calls.popleft()()
 
 
 def shut_down_rclpy() -> None:
@@ -49,6 +77,7 @@ def spin_process(
     Returns:
         The process's exit status: 0, or 2 when a parameter is bad.
     """
+    sys.setswitchinterval(SWITCH_S)
     rclpy.init(args=args, signal_handler_options=SignalHandlerOptions.NO)
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):

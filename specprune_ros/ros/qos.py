@@ -1,7 +1,20 @@
-"""Quality of service of every topic, and why."""
+"""Quality of service of every topic, and why; and who is told when a peer's does not match."""
+
+from collections.abc import Callable
 
 from rclpy.duration import Duration
-from rclpy.qos import DurabilityPolicy, HistoryPolicy, QoSProfile, ReliabilityPolicy
+from rclpy.qos import (
+    DurabilityPolicy,
+    HistoryPolicy,
+    QoSProfile,
+    ReliabilityPolicy,
+    qos_policy_name_from_kind,
+)
+
+try:
+    from rclpy.event_handler import PublisherEventCallbacks, SubscriptionEventCallbacks
+except ImportError:  # Humble
+    from rclpy.qos_event import PublisherEventCallbacks, SubscriptionEventCallbacks
 
 # What camera drivers and joint-state broadcasters publish; only the newest value matters. A
 # best-effort subscription also takes from a reliable publisher.
@@ -31,7 +44,9 @@ def chunk(valid_for_s: float) -> QoSProfile:
 EVERY_STEP = QoSProfile(
     depth=64, history=HistoryPolicy.KEEP_LAST, reliability=ReliabilityPolicy.RELIABLE
 )
-# The instruction reaches a node that starts later.
+# What goes to a controller: an older command is worth nothing once there is a newer one.
+COMMANDS = RELIABLE
+# The instruction, an emergency stop, a status: they reach a node that starts later.
 LATCHED = QoSProfile(
     depth=1,
     history=HistoryPolicy.KEEP_LAST,
@@ -42,3 +57,17 @@ LATCHED = QoSProfile(
 DIAGNOSTICS = QoSProfile(
     depth=10, history=HistoryPolicy.KEEP_LAST, reliability=ReliabilityPolicy.RELIABLE
 )
+
+
+def subscription_events(tell: Callable[[str], None]) -> SubscriptionEventCallbacks:
+    """Tells the name of the policy in which a publisher is incompatible: nothing comes from it."""
+    return SubscriptionEventCallbacks(incompatible_qos=_telling(tell))
+
+
+def publisher_events(tell: Callable[[str], None]) -> PublisherEventCallbacks:
+    """Tells the name of the policy in which a subscriber is incompatible: nothing reaches it."""
+    return PublisherEventCallbacks(incompatible_qos=_telling(tell))
+
+
+def _telling(tell: Callable[[str], None]) -> Callable[[object], None]:
+    return lambda event: tell(qos_policy_name_from_kind(event.last_policy_kind))

@@ -6,6 +6,7 @@ the recording's, divided by `rate`.
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import time
 
@@ -199,7 +200,9 @@ class ReplayNode(Node):
         elif isinstance(event, InstructionEvent):
             self._sinks['/instruction'].publish(String(data=event.text))
         elif isinstance(event, ExecutedAction):
-            msg = conversions.executed_to_msg(event)
+            # No chunk of the node that listens: its own have such numbers, too.
+            action = dataclasses.replace(event, chunk_id=0, epoch=0)
+            msg = conversions.executed_to_msg(action)
             msg.header.stamp = conversions.to_time(now)
             self._sinks['/executed'].publish(msg)
 

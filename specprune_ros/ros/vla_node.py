@@ -1,46 +1,67 @@
-"""`vla_node`: cameras, robot state and an instruction in; action chunks and what pruning did out.
+"""`vla_node`: cameras, robot state and a task in; action chunks and what pruning did out.
 
-A lifecycle node. Threads: the executor's one thread runs callbacks, which only store; the
-inference thread (worker.py) runs the policy and publishes. No callback waits for an inference, so
-parameters and deactivate are answered while one runs; cleanup and shutdown wait for it, STOP_S at
-the most. Configure takes as long as loading the model takes, and gives up when the process is told
-to end.
+A lifecycle node. Threads: the executor's one thread runs callbacks, which only store, and owns the
+task (tasks.py); the inference thread (worker.py) runs the policy and publishes; a third draws
+overlays while inference pauses. No callback waits for an inference, so services, parameters and
+deactivate are answered while one runs; cleanup and shutdown wait for it, STOP_S at the most.
+Configure takes as long as loading the model takes, and gives up when the process is told to end.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import threading
+import time
 import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING
 
-from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
-from geometry_msgs.msg import PoseStamped
+from diagnostic_msgs.msg import DiagnosticArray
 from rcl_interfaces.msg import SetParametersResult
-from rclpy.clock import Clock, ClockType
+from rclpy.clock import Clock, ClockType, JumpThreshold, TimeJump
+from rclpy.duration import Duration
 from rclpy.exceptions import InvalidTopicNameException
 from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
 from rclpy.parameter import Parameter
 from rclpy.validate_topic_name import validate_topic_name
-from sensor_msgs.msg import CompressedImage, Image, JointState
-from std_msgs.msg import String
+from std_msgs.msg import Bool
+from std_srvs.srv import SetBool
 
-from specprune_ros.config import PolicyConfig
+from specprune_ros.config import PolicyConfig, PruneConfig
 from specprune_ros.errors import ConfigError, ObservationError, SpecPruneError
-from specprune_ros.health import Health
-from specprune_ros.images import as_rgb
-from specprune_ros.inbox import JOINTS, POSE, Inbox, proprio_inputs
+from specprune_ros.health import Health, Presence
 from specprune_ros.loading import load_policy
-from specprune_ros.msg import ActionChunk, ExecutedAction, PruningDiagnostics
-from specprune_ros.overlay import draw_overlay
-from specprune_ros.ros import conversions, diagnostics, qos
+from specprune_ros.msg import VlaStatus
+from specprune_ros.ros import diagnostics, qos, vla_diagnostics
 from specprune_ros.ros.params import Parameters, fixed_changes
-from specprune_ros.ros.process import spin_process
-from specprune_ros.types import PolicyResult
-from specprune_ros.worker import InferenceWorker, Job, LoadingThread
+from specprune_ros.ros.process import Mailbox, spin_process
+from specprune_ros.ros.tasks import TaskServer
+from specprune_ros.ros.vla_inputs import mismatch
+from specprune_ros.ros.vla_once import InferOnceServer, OnceContext
+from specprune_ros.ros.vla_outputs import StatusPublisher
+from specprune_ros.ros.vla_pipeline import Pipeline, Surroundings
+from specprune_ros.tasks import NS, NodeState, TaskEnd, TaskMachine
+from specprune_ros.worker import InferenceWorker, LoadingThread
+
+if TYPE_CHECKING:
+    from specprune_ros.policy import Policy
 
 STOP_S = 1.0  # how long cleanup waits for a running inference
-TRANSPORTS = {'raw': (Image, ''), 'compressed': (CompressedImage, '/compressed')}
+WATCH_S = 0.05  # how often deadlines are looked at
+READER_GRACE_S = 1.0  # discovery takes a while: nobody is missed before
+PEER_TIMEOUT_S = 1.0  # of action_streamer's heartbeat, five a second
+LAST_CALLS = 30  # turns of the executor in which the last answers leave
 SUCCESS, FAILURE = TransitionCallbackReturn.SUCCESS, TransitionCallbackReturn.FAILURE
+
+
+def warm_policy(config: PolicyConfig) -> Policy:
+    """The policy, loaded and warmed up; what it raises, see loading.load_policy."""
+    policy = load_policy(config)
+    policy.warm_up()
+    return policy
 
 
 class VlaNode(LifecycleNode):
@@ -48,42 +69,77 @@ class VlaNode(LifecycleNode):
 
     Subscribes (when active): cameras/<name>/image_raw[/compressed] or the configured topics,
     joint_states and eef_pose where the robot's proprioception needs them, executed_action,
-    ~/instruction. Publishes: ~/action_chunk, ~/pruning, ~/overlay/<name>, /diagnostics.
+    ~/instruction, action_streamer/status; while configured: e_stop. Publishes: ~/action_chunk,
+    ~/pruning, ~/overlay/<name>, ~/status, ~/model_info, /diagnostics. Serves: ~/run_task and the
+    services in ros/tasks.py, ~/set_dense, ~/infer_once.
+
+    Args:
+        stop: set when the process is to end: loading is given up.
+        load: gives the policy.
+        name: of the node.
     """
 
-    def __init__(self, stop: threading.Event | None = None, *, name: str = 'vla_node', **kwargs):
+    def __init__(
+        self,
+        stop: threading.Event | None = None,
+        *,
+        load: Callable[[PolicyConfig], Policy] = warm_policy,
+        name: str = 'vla_node',
+        **kwargs,
+    ):
         # Undeclared ones are let through to `_on_parameters`, which refuses them with a reason.
         super().__init__(name, allow_undeclared_parameters=True, **kwargs)
-        self._stop = stop or threading.Event()
+        self._stop, self._load = stop or threading.Event(), load
         self._loading: LoadingThread | None = None
         self._health = Health()
         self._settings = Parameters(self, PolicyConfig)
-        self._config: PolicyConfig | None = None
-        self._worker: InferenceWorker | None = None
-        self._inbox: Inbox | None = None
-        self._hardware = ''
-        self._late_s = 0.0
-        self._inputs: list = []  # subscriptions and the query timer, while active
-        self._outputs: dict[str, object] = {}
-        self._overlays: dict[str, object] = {}
-        self._frame_ids: dict[str, str] = {}
-        # Results of an older ticket are void: it rises with every activation and instruction.
-        self._ticket = 0
-        self._active = False
+        self._pipeline: Pipeline | None = None  # while configured
+        self._emergency: object | None = None  # likewise, subscription
+        self._abandoned: list[InferenceWorker] = []
+        self._ended: list[TaskEnd] = []
+        self._machine = TaskMachine(self._ended.append)
+        self._settled_epoch = 0
         self._gate = threading.Lock()  # held while a chunk goes out, and to stop that
-        self._diagnostics = self.create_publisher(DiagnosticArray, '/diagnostics', qos.DIAGNOSTICS)
-        # Steady time: diagnostics must come even when simulated time stands still.
-        self.create_timer(
-            diagnostics.PERIOD_S,
-            self._publish_diagnostics,
-            clock=Clock(clock_type=ClockType.STEADY_TIME),
+        self._reader, self._peer = Presence(READER_GRACE_S), Presence(PEER_TIMEOUT_S)
+        self._mailbox = Mailbox(self)
+        self._make_servers()
+        self._make_timers()
+        self._jumps = self.get_clock().create_jump_callback(
+            JumpThreshold(
+                min_forward=None, min_backward=Duration(nanoseconds=-1), on_clock_change=False
+            ),
+            post_callback=self._on_clock_jump,
         )
-        self._replan = self.create_guard_condition(self._on_replan)  # from the inference thread
         self.add_on_set_parameters_callback(self._on_parameters)
         for stranger, value in self._settings.strangers().items():
             error = ConfigError(stranger, value, 'unknown parameter, ignored')
             self._fault(error.code, str(error))
+        self._status.publish()
         self.get_logger().info('up and unconfigured: configure and activate it')
+
+    def _make_servers(self) -> None:
+        self._diagnostics = self.create_publisher(DiagnosticArray, '/diagnostics', qos.DIAGNOSTICS)
+        self._status = StatusPublisher(self, self._machine, lambda: self._health.newest_fault)
+        self._tasks = TaskServer(
+            self,
+            self._acting,
+            was_reset=self._health.forgive,
+            is_busy=self._is_busy,
+            log=self.get_logger().info,
+        )
+        self._once = InferOnceServer(self, self._once_context)
+        self.create_service(SetBool, '~/set_dense', self._on_set_dense)
+
+    def _make_timers(self) -> None:
+        """In steady time: they must come even when simulated time stands still."""
+        periods = {
+            diagnostics.PERIOD_S: self._publish_diagnostics,
+            1.0 / VlaStatus.HEARTBEAT_HZ: self._on_heartbeat,
+            WATCH_S: self._on_watch,
+        }
+        steady = Clock(clock_type=ClockType.STEADY_TIME)
+        for period_s, callback in periods.items():
+            self.create_timer(period_s, callback, clock=steady)
 
     # Lifecycle -------------------------------------------------------------------------------
 
@@ -92,7 +148,7 @@ class VlaNode(LifecycleNode):
         try:
             config = self._settings.read()
             self._check_topics(config)
-            self._loading = LoadingThread(lambda: warm_policy(config))
+            self._loading = LoadingThread(lambda: self._load(config))
             policy = self._loading.wait(self._stop)
             self._set_up(config, policy)
         except SpecPruneError as error:
@@ -100,6 +156,7 @@ class VlaNode(LifecycleNode):
             return FAILURE
         except Exception:  # rclpy would swallow the traceback
             self._fault('configure', traceback.format_exc())
+            self._tear_down()
             return FAILURE
         info = policy.model.info
         self.get_logger().info(
@@ -111,33 +168,16 @@ class VlaNode(LifecycleNode):
         return SUCCESS
 
     def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
-        """Subscribe and start to infer; on failure the node stays inactive."""
+        """Subscribe, so that tasks can start; on failure the node stays inactive."""
         try:
-            self._start_inputs()
+            with self._acting() as machine:
+                machine.activate()
+            self._pipeline.activate()
         except Exception:  # rclpy would swallow the traceback
             self._stop_inputs()
             self._fault('activate', traceback.format_exc())
             return FAILURE
         return super().on_activate(state)
-
-    def _start_inputs(self) -> None:
-        robot = self._config.robot
-        transports = robot.per_camera('camera_transports')
-        for camera, topic in robot.image_topics().items():
-            kind, suffix = TRANSPORTS[transports[camera]]
-            callback = self._image_callback(camera)
-            self._subscribe(kind, topic + suffix, callback, qos.SENSOR)
-        states = {JOINTS: (JointState, self._on_joints), POSE: (PoseStamped, self._on_pose)}
-        for topic in proprio_inputs(robot):
-            kind, callback = states[topic]
-            self._subscribe(kind, topic, callback, qos.SENSOR)
-        self._subscribe(ExecutedAction, 'executed_action', self._on_executed, qos.EVERY_STEP)
-        self._subscribe(String, '~/instruction', self._on_instruction, qos.LATCHED)
-        period = 1.0 / self._config.runtime.query_rate_hz
-        self._inputs.append(self.create_timer(period, self._on_query))
-        with self._gate:
-            self._ticket += 1
-            self._active = True
 
     def on_deactivate(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Stop at once: nothing is published from here on, a running inference is discarded."""
@@ -162,8 +202,18 @@ class VlaNode(LifecycleNode):
 
     def shut_down(self) -> bool:
         """What the process does last (see ros/process.py); False when a thread would not end."""
+        waited_for = self._tasks.is_awaited or self._once.is_awaited
+        self._tear_down()
+        for _ in range(LAST_CALLS if waited_for and self.executor is not None else 0):
+            self.executor.spin_once(timeout_sec=0.0)
         loading = self._loading is not None and self._loading.is_alive
-        return self._tear_down() and not loading
+        return not loading and not any(worker.is_alive for worker in self._abandoned)
+
+    def destroy_node(self) -> None:
+        """As rclpy's."""
+        self._jumps.unregister()
+        self._tasks.destroy()
+        super().destroy_node()
 
     @staticmethod
     def _check_topics(config: PolicyConfig) -> None:
@@ -173,242 +223,215 @@ class VlaNode(LifecycleNode):
             except InvalidTopicNameException as error:
                 raise ConfigError('robot.camera_topics', topic, str(error)) from error
 
-    def _set_up(self, config: PolicyConfig, policy) -> None:
-        self._config = config
-        self._hardware = policy.model.info.name
-        self._late_s = config.runtime.max_result_age_s
-        self._inbox = Inbox(config.robot, config.runtime)
-        self._outputs = {
-            'chunk': self.create_publisher(
-                ActionChunk,
-                '~/action_chunk',
-                qos.chunk(config.robot.horizon * config.robot.step_dt_s),
-            ),
-            'pruning': self.create_publisher(PruningDiagnostics, '~/pruning', qos.REPORTS),
-        }
-        self._overlays = {
-            name: self.create_publisher(Image, f'~/overlay/{name}', qos.RELIABLE)
-            for name in config.robot.camera_names
-        }
-        self._worker = InferenceWorker(
-            policy, self._on_result, self._on_error, self._replan.trigger
+    def _set_up(self, config: PolicyConfig, policy: Policy) -> None:
+        around = Surroundings(
+            machine=self._machine,
+            acting=self._acting,
+            gate=self._gate,
+            mailbox=self._mailbox,
+            health=self._health,
+            fault=self._fault,
+            once=self._once,
+            instruction=self._on_instruction,
+            peer=lambda: self._peer.seen(time.monotonic()),
         )
+        self._pipeline = Pipeline(self, config, policy, around)
+        self._status.dense, self._status.dry_run = False, config.runtime.dry_run
+        self._tasks.timeout_s = config.runtime.task_timeout_s
+        self._emergency = self.create_subscription(
+            Bool,
+            'e_stop',
+            self._on_e_stop,
+            qos.LATCHED,
+            event_callbacks=qos.subscription_events(
+                lambda policy: self._fault('qos_incompatible', mismatch('e_stop', policy))
+            ),
+        )
+        with self._acting() as machine:
+            machine.configure(config.runtime.max_failures, config.runtime.input_timeout_s)
 
     def _stop_inputs(self) -> None:
-        with self._gate:
-            self._active = False
-            self._ticket += 1
-        for handle in self._inputs:
-            destroy = self.destroy_timer if hasattr(handle, 'reset') else self.destroy_subscription
-            destroy(handle)
-        self._inputs.clear()
-        if self._inbox is not None:
-            self._inbox.forget_inputs()
-        if self._worker is not None:
-            self._worker.reset()
+        with self._acting() as machine:
+            machine.deactivate()
+        self._peer.forget()
+        if self._pipeline is not None:
+            self._pipeline.deactivate()
 
-    def _tear_down(self) -> bool:
+    def _tear_down(self) -> None:
         self._stop_inputs()
-        ended = self._worker is None or self._worker.stop(STOP_S)
-        if not ended:
-            self._fault('hung', f'an inference did not end within {STOP_S:g} s; abandoned')
-        for publisher in (*self._outputs.values(), *self._overlays.values()):
-            self.destroy_publisher(publisher)
-        self._outputs, self._overlays = {}, {}
-        self._worker, self._inbox, self._config, self._hardware = None, None, None, ''
+        self._once.give_up('the node was cleaned up')
+        pipeline, self._pipeline = self._pipeline, None
+        if pipeline is not None:
+            self.destroy_subscription(self._emergency)
+            if not pipeline.destroy(STOP_S):
+                self._fault('hung', f'an inference did not end within {STOP_S:g} s; abandoned')
+                self._abandoned.append(pipeline.worker)
+        with self._acting() as machine:
+            machine.cleanup()
+        del pipeline
         gc.collect()  # the model, and with it the GPU's memory
-        return ended
 
-    def _subscribe(self, kind: type, topic: str, callback, profile) -> None:
-        self._inputs.append(self.create_subscription(kind, topic, callback, profile))
+    # The task --------------------------------------------------------------------------------
 
-    # Inputs: callbacks only store ------------------------------------------------------------
+    @contextmanager
+    def _acting(self) -> Iterator[TaskMachine]:
+        """Change the machine, in the executor's thread; what follows from it is done at the end.
 
-    def _image_callback(self, camera: str):
-        field = f'cameras/{camera}'
-
-        def on_image(msg: Image | CompressedImage) -> None:
-            with self._counting():
-                image = conversions.image_from_msg(msg, field)
-                self._inbox.put_image(camera, self._stamp(field, msg), image)
-                self._frame_ids[camera] = msg.header.frame_id
-
-        return on_image
-
-    def _on_joints(self, msg: JointState) -> None:
-        with self._counting():
-            self._inbox.put_joints(self._stamp(JOINTS, msg), msg.name, msg.position)
-
-    def _on_pose(self, msg: PoseStamped) -> None:
-        with self._counting():
-            self._inbox.put_pose(self._stamp(POSE, msg), *conversions.pose_from_msg(msg))
-
-    def _on_instruction(self, msg: String) -> None:
-        with self._counting():
-            if self._inbox.put_instruction(msg.data):
-                with self._gate:
-                    self._ticket += 1
-
-    def _on_executed(self, msg: ExecutedAction) -> None:
-        images = self._inbox.recent_images(self._now_ns())
-        self._worker.observe(conversions.executed_from_msg(msg), images)
-
-    def _on_replan(self) -> None:
-        """Motion turned fine, and pruning.replan_on_fine asks for a query at once."""
-        if self._active:
-            self._on_query()
-
-    def _on_query(self) -> None:
-        """Leave one observation for the inference thread, or say why there is none."""
-        if not self._inbox.has_task:
-            return  # waiting for a task is a state, and `inputs` in the diagnostics says so
-        with self._counting():
-            observation = self._inbox.observation(self._now_ns())
-            self._worker.submit(Job(self._ticket, observation))
-
-    # Outputs: in the inference thread --------------------------------------------------------
-
-    def _on_result(self, job: Job, result: PolicyResult) -> None:
-        now = self._now_ns()
-        result = conversions.stamped(result, now)
-        chunk, report = (
-            conversions.chunk_to_msg(result.chunk),
-            conversions.report_to_msg(result.report),
-        )
+        A chunk goes out before or after, never meanwhile.
+        """
         with self._gate:
-            if self._is_void(job) or self._is_late(job, now):
-                self._health.discarded()
-                return
-            self._outputs['chunk'].publish(chunk)
-            self._outputs['pruning'].publish(report)
-        self._health.inferred(result)
-        self._publish_overlays(job, result)
+            yield self._machine
+        self._settle()
 
-    def _is_void(self, job: Job) -> bool:
-        return not self._active or job.ticket != self._ticket
+    def _settle(self) -> None:
+        if self._machine.epoch != self._settled_epoch:
+            self._settled_epoch = self._machine.epoch
+            if self._pipeline is not None:
+                self._pipeline.restart()
+        for end in self._ended:
+            self.get_logger().info(f'task {end.task_id} {end.reason.name}: {end.message}')
+            self._mailbox.post(partial(self._tasks.finish, end))
+        self._ended.clear()
+        self._status.publish()
 
-    def _is_late(self, job: Job, now_ns: int) -> bool:
-        """Whether the observation is too old for its chunk to be acted on."""
-        age_s, limit = (now_ns - job.observation.stamp_ns) / 1e9, self._late_s
-        if age_s > limit:
-            self._fault('late', f'chunk of an observation {age_s:.3f} s old, limit {limit:g} s')
-        return age_s > limit
+    def _on_instruction(self, text: str) -> None:
+        refusal = self._tasks.instruct(text)
+        if refusal:
+            raise ObservationError('instruction_refused', 'instruction', text, refusal)
 
-    def _publish_overlays(self, job: Job, result: PolicyResult) -> None:
-        opacity = self.get_parameter('runtime.overlay_opacity').value
-        for camera, publisher in self._overlays.items():
-            if publisher.get_subscription_count() == 0:
-                continue
-            image = as_rgb(job.observation.images[camera])
-            overlay = draw_overlay(image, result.report, camera, opacity)
-            stamp_ns = job.observation.image_stamps_ns[camera]
-            frame_id = self._frame_ids.get(camera, '')
-            msg = conversions.image_to_msg(overlay, stamp_ns, frame_id)
-            with self._gate:
-                if self._is_void(job):
-                    return
-                publisher.publish(msg)
+    def _on_e_stop(self, msg: Bool) -> None:
+        if msg.data and self._machine.state is not NodeState.STOPPED:
+            self._fault('e_stop', 'e_stop = true: stopped until it is false and ~/reset is called')
+        with self._acting() as machine:
+            machine.e_stop(msg.data)
 
-    def _on_error(self, error: Exception) -> None:
-        if isinstance(error, SpecPruneError):
-            self._fault(error.code, str(error))
+    def _on_clock_jump(self, jump: TimeJump) -> None:
+        if self._pipeline is None:
             return
-        text = ''.join(traceback.format_exception(error))
-        self._fault('inference', f'{type(error).__name__}: {error}', text)
+        delta_s = jump.delta.nanoseconds / NS
+        self._fault('clock_jump', f'clock = {delta_s:.3f} s: went backwards, buffers are dropped')
+        self._pipeline.inbox.forget_inputs()
+        with self._acting() as machine:
+            machine.clock_jumped(jump.delta.nanoseconds)
+
+    def _on_set_dense(self, request: SetBool.Request, response: SetBool.Response):
+        """Bypass pruning, or prune again, from the next query on."""
+        response.success = self._pipeline is not None
+        if not response.success:
+            response.message = 'the node is not configured'
+            return response
+        self._status.dense = request.data
+        self._pipeline.worker.set_pruning(self._pruning(self._pipeline.config))
+        self._status.publish()
+        return response
+
+    def _pruning(self, config: PolicyConfig) -> PruneConfig:
+        """The pruning parameters that hold: the configured ones, unless ~/set_dense says dense."""
+        if self._status.dense:
+            return dataclasses.replace(config.pruning, method='none')
+        return config.pruning
+
+    def _once_context(self) -> OnceContext | str:
+        if self._pipeline is None:
+            return 'the node is not configured'
+        if self._machine.is_hung:
+            return 'an inference hung: call ~/reset'
+        task = self._machine.task
+        instruction = task.goal.instruction if task else ''
+        inbox, worker = self._pipeline.inbox, self._pipeline.worker
+        return OnceContext(inbox, worker, instruction, self._machine.epoch)
+
+    # Watchdogs -------------------------------------------------------------------------------
+
+    def _is_busy(self) -> bool:
+        return self._pipeline is not None and self._pipeline.worker.busy_s > 0.0
+
+    def _on_watch(self) -> None:
+        self._watch_inference()
+        if self._machine.task is not None:
+            with self._acting() as machine:
+                machine.tick(self._now_ns())
+        now_s = time.monotonic()
+        if self._machine.state is not NodeState.RUNNING:
+            self._reader.forget()
+        elif self._pipeline.has_reader or not self._reader.is_known:
+            self._reader.seen(now_s)
+        if self._reader.went(now_s):
+            self._fault('subscriber_gone', 'action_chunk = unread: nobody subscribes to it')
+        if self._peer.went(now_s):
+            self._fault('peer_gone', f'action_streamer = silent for {PEER_TIMEOUT_S:g} s')
+
+    def _watch_inference(self) -> None:
+        if self._pipeline is None or self._machine.is_hung:
+            return
+        busy_s = self._pipeline.worker.busy_s
+        deadline = self._pipeline.config.runtime.inference_deadline_s
+        if busy_s > deadline:
+            message = f'inference = {busy_s:.2f} s: outlived its deadline of {deadline:g} s'
+            self._fault('hung', message)
+            self._once.give_up(message)
+            with self._acting() as machine:
+                machine.hang(message)
+
+    def _on_heartbeat(self) -> None:
+        self._status.publish(heartbeat=True)
+        if self._machine.task is not None:
+            self._tasks.give_feedback(self._machine.task, self._health.report)
 
     # Parameters and diagnostics --------------------------------------------------------------
 
     def _on_parameters(self, parameters: list[Parameter]) -> SetParametersResult:
         """Validate; what is fixed while configured, and what does not fit, keeps its old value."""
+        pipeline = self._pipeline
         try:
             config = self._settings.with_changes(parameters)
-            for parameter in fixed_changes(parameters) if self._config is not None else []:
+            for parameter in fixed_changes(parameters) if pipeline is not None else []:
                 raise ConfigError(
                     parameter.name, parameter.value, 'is fixed once configured: clean up first'
                 )
-            if self._worker is not None and config.pruning != self._config.pruning:
-                self._worker.set_pruning(checked_pruning(config))
-                self._config = config
+            if pipeline is not None and config.pruning != pipeline.config.pruning:
+                pipeline.worker.set_pruning(self._pruning(checked_pruning(config)))
         except ConfigError as error:
             self._fault(error.code, str(error))
             return SetParametersResult(successful=False, reason=str(error))
+        if pipeline is not None:
+            pipeline.config = config
         self._settings.accept(parameters)
         return SetParametersResult(successful=True)
 
     def _publish_diagnostics(self) -> None:
-        now, name = self._now_ns(), diagnostics.node_name(self)
-        statuses = [
-            self._input_status(now),
-            diagnostics.status(
-                f'{name}: inference', diagnostics.OK, self._state(), self._health.inference()
-            ),
-            diagnostics.status(
-                f'{name}: pruning', diagnostics.OK, self._state(), self._health.pruning()
-            ),
-            diagnostics.fault_status(name, self._health),
-        ]
-        self._diagnostics.publish(diagnostics.array(now, self._hardware, statuses))
-
-    def _input_status(self, now_ns: int) -> DiagnosticStatus:
-        name = f'{diagnostics.node_name(self)}: inputs'
-        if not self._active:
-            return diagnostics.status(name, diagnostics.OK, self._state(), {})
-        ages = self._inbox.age_s(now_ns)
-        values = {f'{key} age s': f'{age:.3f}' for key, age in ages.items()}
-        try:
-            self._inbox.observation(now_ns)
-        except ObservationError as error:
-            return diagnostics.status(name, diagnostics.STALE, str(error), values)
-        return diagnostics.status(name, diagnostics.OK, 'complete', values)
+        now_ns, pipeline = self._now_ns(), self._pipeline
+        peer = 'gone' if self._peer.is_gone(time.monotonic()) else 'alive'
+        shot = vla_diagnostics.Snapshot(
+            name=diagnostics.node_name(self),
+            now_ns=now_ns,
+            state=self._state(),
+            machine=self._machine,
+            health=self._health,
+            inbox=pipeline.inbox if pipeline is not None and pipeline.is_active else None,
+            dense=self._status.dense,
+            has_reader=None if pipeline is None else pipeline.has_reader,
+            peer=peer if self._peer.is_known else 'absent',
+        )
+        hardware = '' if pipeline is None else pipeline.hardware
+        lines = vla_diagnostics.lines(shot)
+        self._diagnostics.publish(diagnostics.array(now_ns, hardware, lines))
 
     def _state(self) -> str:
-        if self._active:
-            return 'active'
-        return 'inactive' if self._worker is not None else 'unconfigured'
-
-    def _stamp(self, field: str, msg) -> int:
-        """Header stamp; the time of receipt, and a fault, where the sender left it 0."""
-        stamp_ns = conversions.to_ns(msg.header.stamp)
-        if stamp_ns == 0:
-            self._fault('stamp_missing', f'{field}.header.stamp = 0: taking the time of receipt')
-            return self._now_ns()
-        return stamp_ns
+        """The lifecycle's, in words."""
+        state = self._machine.state
+        return state.name.lower() if state <= NodeState.INACTIVE else 'active'
 
     def _now_ns(self) -> int:
         return self.get_clock().now().nanoseconds
-
-    def _counting(self) -> _Counting:
-        return _Counting(self)
 
     def _fault(self, code: str, message: str, log: str = '') -> None:
         if self._health.fault(code, message):
             self.get_logger().error(log or message)
 
 
-class _Counting:
-    """Context in which an ObservationError is counted, and skips what comes after it."""
-
-    def __init__(self, node: VlaNode):
-        self._node = node
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind, error, trace) -> bool:
-        if isinstance(error, ObservationError):
-            self._node._fault(error.code, str(error))
-            return True
-        return False
-
-
-def warm_policy(config: PolicyConfig):
-    """The policy, loaded and warmed up; what it raises, see loading.load_policy."""
-    policy = load_policy(config)
-    policy.warm_up()
-    return policy
-
-
-def checked_pruning(config: PolicyConfig):
-    """The pruning parameters, if their method exists.
+def checked_pruning(config: PolicyConfig) -> PolicyConfig:
+    """The configuration, if its pruning method exists.
 
     Raises:
         ConfigError: no such method.
@@ -416,7 +439,7 @@ def checked_pruning(config: PolicyConfig):
     from specprune_ros.pruning import make_method
 
     make_method(config.pruning)
-    return config.pruning
+    return config
 
 
 def main(args: list[str] | None = None) -> int:

@@ -1,0 +1,74 @@
+"""`~/model_info`: which model `vla_node` runs, as a message."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from specprune_ros.config import PolicyConfig
+from specprune_ros.msg import ModelInfo
+from specprune_ros.ros.conversions import to_duration, to_time
+from specprune_ros.types import ActionSpace
+
+WEIGHTS = ('.safetensors', '.pt', '.bin')
+HEADER_BYTES = 1 << 16  # of a weight file that says nothing of its header's length
+MAX_HEADER_BYTES = 1 << 26  # more is no safetensors header
+
+
+def model_info(policy, config: PolicyConfig, now_ns: int) -> ModelInfo:
+    """What runs: the configuration, and what the loaded model says of itself."""
+    info, robot = policy.model.info, config.robot
+    device, dtype = _placed(policy.model)
+    msg = ModelInfo(
+        name=config.model.name,
+        checkpoint=config.model.checkpoint,
+        fingerprint=fingerprint(config.model.checkpoint),
+        unnorm_key=config.model.unnorm_key,
+        head=config.model.head,
+        method=config.pruning.method,
+        device=device or config.model.device,
+        dtype=dtype or config.model.dtype,
+        parameters=info.parameters,
+        cameras=list(info.cameras),
+        proprio=list(robot.joint_names),
+        horizon=info.horizon,
+        step_dt=to_duration(robot.step_dt_s),
+        space=ActionSpace[robot.action_space.upper()],
+        names=list(robot.action_names),
+        units=list(robot.per_action('action_units')),
+        stand_in=info.stand_in,
+    )
+    msg.header.stamp, msg.header.frame_id = to_time(now_ns), robot.frame_id
+    return msg
+
+
+def fingerprint(folder: str) -> str:
+    """SHA-256 over names, sizes and headers of a folder's weight files; empty without a folder.
+
+    Tells checkpoints apart within milliseconds. It is no proof against someone who changes
+    weights on purpose: they are not read.
+    """
+    digest = hashlib.sha256()
+    files = sorted(Path(folder).iterdir()) if folder and Path(folder).is_dir() else []
+    weights = [path for path in files if path.suffix in WEIGHTS and path.is_file()]
+    for path in weights:
+        digest.update(f'{path.name}\0{path.stat().st_size}\0'.encode())
+        digest.update(_header(path))
+    return digest.hexdigest() if weights else ''
+
+
+def _header(path: Path) -> bytes:
+    """A safetensors file's header, which has every tensor's name, type and shape; else a start."""
+    with path.open('rb') as file:
+        start = file.read(8)
+        length = int.from_bytes(start, 'little') if path.suffix == '.safetensors' else HEADER_BYTES
+        return start + file.read(min(length, MAX_HEADER_BYTES))
+
+
+def _placed(model) -> tuple[str, str]:
+    """Device and number format of the model's weights; empty where it does not show them."""
+    layers = getattr(getattr(model, 'decoder', None), 'layers', ())
+    weight = next((each for layer in layers for each in layer.parameters()), None)
+    if weight is None:
+        return '', ''
+    return str(weight.device), str(weight.dtype).removeprefix('torch.')

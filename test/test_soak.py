@@ -1,0 +1,345 @@
+"""Both nodes under random faults for a long time: nothing unsafe, nothing lost, nothing leaks.
+
+The full soak: SPECPRUNE_SOAK=10000 python -m pytest test/test_soak.py -s
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+
+rclpy = pytest.importorskip('rclpy', reason='no ROS here: source one, or run scripts/test.sh')
+pytest.importorskip('specprune_ros.msg', reason='messages are not built: run scripts/setup.sh')
+
+from ros_world import ANSWER_S, CAMERAS, ros_domain  # noqa: E402
+from soak_world import (  # noqa: E402
+    DEADLINE_S,
+    STREAMER,
+    VLA,
+    SoakWorld,
+    Usage,
+    truncated,
+)
+from std_msgs.msg import String  # noqa: E402
+
+from specprune_ros.streaming.states import StreamState  # noqa: E402
+from specprune_ros.tasks import NodeState  # noqa: E402
+
+pytestmark = [pytest.mark.ros, pytest.mark.slow]
+INFERENCES, SEED = int(os.environ.get('SPECPRUNE_SOAK', 400)), 7
+LEAK_MB = 1.0  # per 1,000 inferences
+WARM_UP = 300  # inferences of a process before which its memory may grow
+MEASURABLE = 1500  # fewer do not tell a leak from an allocator's next page
+PEER_GONE_S = 0.8 + 0.5  # stream.peer_timeout_s, and what a busy machine of two cores adds
+BOTH = (VLA, STREAMER)
+
+
+@pytest.fixture(autouse=True, scope='module')
+def context():
+    """One ROS domain for this file's test and its processes."""
+    with ros_domain(30):
+        yield
+
+
+@dataclass
+class Lives:
+    """What each process used, by node and life: inferences so far, and the usage then."""
+
+    samples: dict[tuple[str, int], list[tuple[int, Usage]]] = field(default_factory=dict)
+    births: Counter[str] = field(default_factory=Counter)
+
+    def look(self, world: SoakWorld) -> None:
+        """Take a sample of every process."""
+        for name, usage in world.usage().items():
+            key = (name, self.births[name])
+            self.samples.setdefault(key, []).append((world.inferences, usage))
+
+    def growth(self) -> dict[str, tuple[float, int, int, int]]:
+        """Life -> MB per 1,000 inferences, over how many, and how many more threads and files.
+
+        All after warm-up.
+        """
+        rows = {}
+        for (name, birth), samples in self.samples.items():
+            warm = [each for each in samples if each[0] >= samples[0][0] + WARM_UP] or samples[-1:]
+            count = np.array([n for n, _ in warm], float)
+            memory = np.array([usage.rss_mb for _, usage in warm])
+            slope = 1e3 * np.polyfit(count, memory, 1)[0] if len(warm) > 2 else 0.0
+            first, last = warm[0][1], warm[-1][1]
+            rows[f'{name} {birth + 1}'] = (
+                slope, int(count[-1] - count[0]),
+                last.threads - first.threads, last.files - first.files,
+            )  # fmt: skip
+        return rows
+
+
+class Soak:
+    """Injects faults, and keeps what has to be counted for them.
+
+    Attributes:
+        exact: (node, code) -> how often it must have been counted in this life of the node.
+        least: likewise, a lower bound: a message that spoils an input may be overwritten by the
+            next before it is read, and a busy machine adds faults of its own.
+        most: likewise, an upper bound: messages that were spoilt.
+    """
+
+    def __init__(self, world: SoakWorld, seed: int):
+        self.world, self.random = world, np.random.default_rng(seed)
+        self.exact: Counter[tuple[str, str]] = Counter()
+        self.least: Counter[tuple[str, str]] = Counter()
+        self.most: Counter[tuple[str, str]] = Counter()
+        self.injected: Counter[str] = Counter()
+        self.lives = Lives()
+
+    def short_s(self) -> float:
+        return float(self.random.uniform(0.1, 0.4))
+
+    # Inputs -----------------------------------------------------------------------------------
+
+    def inject_corrupt_image(self) -> None:
+        def spoil(msg) -> None:
+            truncated(msg)
+            self.most[VLA, 'image_truncated'] += 1
+
+        self.world.spoil_image = spoil
+        self.counted('image_truncated', VLA)
+
+    def inject_dropped_images(self) -> None:
+        self.world.streams.discard(str(self.random.choice(CAMERAS)))
+        self.counted('camera_stale', VLA)
+
+    def inject_nan_joints(self) -> None:
+        def spoil(msg) -> None:
+            msg.position[int(self.random.integers(len(msg.position)))] = np.nan
+            for node in BOTH:
+                self.most[node, 'joint_not_finite'] += 1
+
+        self.world.spoil_joints = spoil
+        self.counted('joint_not_finite', *BOTH)
+
+    def inject_missing_joint(self) -> None:
+        def spoil(msg) -> None:
+            msg.name = ['another' if name == 'j2' else name for name in msg.name]
+
+        self.world.spoil_joints = spoil
+        self.counted('joint_missing', *BOTH)
+
+    def inject_silent_joints(self) -> None:
+        self.world.streams.discard('joints')
+        assert self.world.run(ANSWER_S, lambda: not self.world.is_moving()), self.world.explain()
+        self.world.hush(self.short_s())
+
+    def inject_jump_back(self) -> None:
+        self.world.jump(-float(self.random.uniform(0.5, 20.0)))
+        for node in BOTH:
+            self.exact[node, 'clock_jump'] += 1
+        self.world.run(self.short_s())
+
+    def inject_jump_ahead(self) -> None:
+        self.world.jump(float(self.random.uniform(2.0, 20.0)))
+        self.world.run(self.short_s())
+
+    # The policy -------------------------------------------------------------------------------
+
+    def inject_policy_that_raises(self) -> None:
+        self.fails('raise')
+
+    def inject_policy_of_nan(self) -> None:
+        self.fails('nan')
+
+    def inject_policy_without_memory(self) -> None:
+        self.fails('oom')
+
+    def fails(self, mode: str) -> None:
+        """Three in a row end the task; how many there were, the policy says itself."""
+        self.world.behave(mode)
+        assert self.world.run(ANSWER_S, lambda: self.world.state is NodeState.IDLE)
+        self.stays_silent()
+
+    def inject_slow_policy(self) -> None:
+        self.world.behave(f'slow {self.random.uniform(0.02, 0.3):.2f}')
+        self.world.run(self.short_s() + 0.3)
+
+    def inject_hung_policy(self) -> None:
+        self.world.behave(f'slow {DEADLINE_S + 0.4}')
+        assert self.world.run(ANSWER_S, lambda: self.world.state is NodeState.FAULT)
+        self.exact[VLA, 'hung'] += 1
+        self.stays_silent()
+
+    def inject_wild_actions(self) -> None:
+        clamped = sum(self.world.streamer.clamped)
+        self.world.behave('wild')
+        assert self.world.run(ANSWER_S, lambda: sum(self.world.streamer.clamped) > clamped)
+        self.world.run(self.short_s() + 0.3)  # the first clamping may be that of the way to it
+
+    # Orders -----------------------------------------------------------------------------------
+
+    def inject_instruction(self) -> None:
+        text, epoch = f'task {self.random.integers(1e9)}', self.world.status.epoch
+        if self.world.status.instruction == 'go':  # a task by the service is not replaced
+            self.world.trigger('cancel_task')
+        self.world.instruction.publish(String(data=text))
+        assert self.world.run(ANSWER_S, lambda: self.world.status.instruction == text)
+        assert self.world.status.epoch > epoch
+
+    def inject_pause(self) -> None:
+        if self.random.random() < 0.5:
+            assert self.world.switch('pause', True).success
+        else:
+            assert self.world.stream_call('pause', True)[0]
+        self.stays_silent()
+
+    def inject_cancel(self) -> None:
+        assert self.world.trigger(str(self.random.choice(['cancel_task', 'reset']))).success
+        self.stays_silent()
+
+    def inject_streamer_orders(self) -> None:
+        if self.random.random() < 0.5:
+            assert self.world.stream_call('reset')[0]
+        else:
+            assert self.world.stream_call('enable', False)[0]
+        self.stays_silent()
+
+    def inject_e_stop(self) -> None:
+        world = self.world
+        world.stop()
+        assert world.run(ANSWER_S, self._are_stopped), world.explain()
+        for node in BOTH:
+            self.exact[node, 'e_stop'] += 1
+        world.hush(self.short_s())
+        assert not world.stream_call('reset')[0], 'reset although the button is down'
+        assert not world.trigger('reset').success
+        world.stop(False)
+        world.run(self.short_s())
+        assert self._are_stopped(), 'a released stop needs a reset'
+        assert not world.stream_call('enable', True)[0]
+
+    def _are_stopped(self) -> bool:
+        world = self.world
+        stopped = world.stream_state() is StreamState.STOPPED
+        return stopped and world.state is NodeState.STOPPED
+
+    def inject_bad_parameter(self) -> None:
+        taken, why = self.world.set_parameter('runtime.dry_run', True)
+        assert not taken
+        assert 'fixed' in why
+        self.exact[VLA, 'config'] += 1
+
+    # Death ------------------------------------------------------------------------------------
+
+    def kill(self, name: str) -> None:
+        """kill -9: silence until somebody configures, activates and enables it again."""
+        self.reckon()
+        world = self.world
+        world.recover()
+        world.kill(name)
+        killed_s = time.monotonic()
+        assert world.run(ANSWER_S, lambda: name == STREAMER or not world.is_moving())
+        world.hush(1.0)
+        assert world.wire.last_s - killed_s < PEER_GONE_S
+        self.forget(name)
+        if name == STREAMER:
+            self.least[VLA, 'peer_gone'] += 1
+        world.start(name)
+        self.lives.births[name] += 1
+        self.injected[f'kill -9 {name}'] += 1
+        world.wire.quiet_since = world.wire.last = None
+        world.bring_up(name)
+
+    def forget(self, name: str) -> None:
+        """Another life counts from 0."""
+        for counts in (self.exact, self.least, self.most):
+            for key in [key for key in counts if key[0] == name]:
+                del counts[key]
+
+    # Bookkeeping ------------------------------------------------------------------------------
+
+    def counted(self, code: str, *nodes: str) -> None:
+        self.world.until_counted(code, *nodes)
+        for node in nodes:
+            self.least[node, code] += 1
+
+    def stays_silent(self) -> None:
+        """No command leaves; what streamed has come to its end before."""
+        streaming = StreamState.STREAMING
+        assert self.world.run(ANSWER_S, lambda: self.world.stream_state() is not streaming)
+        self.world.hush(self.short_s())
+
+    def episode(self, name: str) -> None:
+        self.injected[name.removeprefix('inject_')] += 1
+        getattr(self, name)()
+        self.world.recover()
+        self.world.run(float(self.random.uniform(0.2, 1.5)))
+        self.world.check()
+        self.lives.look(self.world)
+
+    def reckon(self) -> None:
+        """Every fault that was injected was counted."""
+        world = self.world
+        world.recover()
+        world.trigger('cancel_task')
+        world.run(2.5)  # /diagnostics come once a second
+        policy = {'raise': 'inference', 'nan': 'action', 'oom': 'out_of_memory'}
+        exact = dict(self.exact)
+        exact |= {(VLA, code): world.counts.get(kind, 0) for kind, code in policy.items()}
+        counts = {node: world.fault_counts(node) for node in BOTH}
+        for (node, code), wanted in exact.items():
+            assert counts[node].get(code, 0) == wanted, (node, code, counts, exact)
+        for (node, code), least in self.least.items():
+            assert counts[node].get(code, 0) >= least, (node, code, counts)
+        for (node, code), most in self.most.items():
+            assert counts[node].get(code, 0) <= most, (node, code, counts)
+        print(f'counted exactly: { {f"{n} {c}": k for (n, c), k in exact.items()} }')
+
+
+FAULTS = [name for name in vars(Soak) if name.startswith('inject_')]
+
+
+def soak(seed: int, inferences: int) -> Soak:
+    """Random faults until there were so many inferences, and every fault at least once."""
+    with SoakWorld() as world:
+        run = Soak(world, seed)
+        for name in BOTH:
+            world.start(name)
+            world.bring_up(name)
+        world.recover()
+        deaths = {inferences // 3: STREAMER, 2 * inferences // 3: VLA}
+        deck = list(run.random.permutation(FAULTS))
+        while deck or world.inferences < inferences:
+            due = [at for at in deaths if world.inferences >= at]
+            if due:
+                run.kill(deaths.pop(due[0]))
+                world.recover()
+            deck = deck or list(run.random.permutation(FAULTS))
+            run.episode(deck.pop())
+        run.reckon()
+        for process in world.processes.values():
+            assert process.stop()[0] == 0, process.output()
+        return run
+
+
+@pytest.mark.timeout(300 + INFERENCES)
+def test_soak():
+    start = time.monotonic()
+    run = soak(SEED, INFERENCES)
+    world, wire = run.world, run.world.wire
+    seconds = time.monotonic() - start
+    print(f'{world.inferences} inferences, {wire.commands} commands in {seconds:.0f} s, load '
+          f'{os.getloadavg()[0]:.1f}; {sum(run.injected.values())} faults: {dict(run.injected)}; '
+          f'{wire.safeties} safety outputs, {wire.idle_safeties} of them before any command; '
+          'nothing forbidden on the wire')  # fmt: skip
+    assert world.inferences >= INFERENCES
+    assert wire.commands > 100
+    for life, (slope, count, threads, files) in run.lives.growth().items():
+        if count == 0:
+            continue  # killed before it was warm
+        print(f'{life}: {slope:+.2f} MB per 1,000 inferences over {count} after the first '
+              f'{WARM_UP}, {threads:+d} threads, {files:+d} files')  # fmt: skip
+        assert threads <= 0
+        assert files <= 2
+        assert count < MEASURABLE or slope < LEAK_MB
