@@ -1,224 +1,180 @@
-"""Two estimates of a density of positive numbers, and the valley between its modes.
-
-The mixture places a valley well where hardly a sample lies in it; the kernels do where the modes
-have another shape than the mixture's.
-"""
+"""The speeds of two kinds of motion as two densities, and the threshold between them."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
-NAN = float('nan')
-NOWHERE = (NAN, NAN)
-LEAST_SHARE = 0.05  # of either component of the mixture
-LEAST_WIDTH = 0.1  # of a component, in standard deviations of the sample
-START_SHARES = (0.15, 0.3, 0.5, 0.7, 0.85)  # of the slow component, that EM starts from
-BINS = 240
+from specprune_ros.calibration.log_concave import fit_log_concave
 
-# axis -> (to the axis, its derivative): components are Gaussian in the speed, its root, or its log
-AXES = {
-    'linear': (lambda v: v, lambda v: np.ones_like(v)),
-    'root': (np.sqrt, lambda v: 0.5 / np.sqrt(v)),
-    'log': (np.log, lambda v: 1.0 / v),
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Mixture:
-    """Two Gaussians and a uniform background on one axis; of B mixtures where it says so.
-
-    Attributes:
-        axis: key of AXES.
-        weights: [B, 3] of the slow and the fast component and the background; sums to 1.
-        means, widths: [B, 2] on the axis.
-        log_likelihood: [B] of the binned sample, on the axis.
-    """
-
-    axis: str
-    weights: np.ndarray
-    means: np.ndarray
-    widths: np.ndarray
-    log_likelihood: np.ndarray
-
-    def density(self, speeds: np.ndarray) -> np.ndarray:
-        """[B, n] density of the two Gaussians at speeds [n] above 0, without the background."""
-        forward, slope = AXES[self.axis]
-        parts = _gaussian(forward(speeds), self.means[..., None], self.widths[..., None])
-        return (self.weights[:, :2, None] * parts).sum(axis=1) * slope(speeds)
-
-    def pick(self, index: int) -> Mixture:
-        """One of the B, slow component first."""
-        order = np.argsort(self.means[index])
-        return Mixture(
-            axis=self.axis,
-            weights=self.weights[index][None, [*order, 2]],
-            means=self.means[index][None, order],
-            widths=self.widths[index][None, order],
-            log_likelihood=self.log_likelihood[index][None],
-        )
+BINS = 150  # each: of equal counts, and of equal widths
+LEAST_SPREAD = 1e-3  # of a mode to start from, where all its speeds are the same, in the range
+ODD_SHARE = 0.02  # of the steps that belong to neither mode, to start from
+ENOUGH = 1e-2  # gain in log-likelihood of one iteration, below which EM has arrived
+MOST_ITERATIONS = 60
+# Misassigned steps by which two thresholds can be told apart, so that in an empty gap none can.
+ALIKE = 0.02
 
 
 @dataclass(frozen=True)
-class Antimode:
-    """The lowest point of a density between its two highest peaks, and how low it is.
+class Bins:
+    """Narrow where the speeds are dense, and nowhere wider than a share of their range.
 
     Attributes:
-        at: speed.
-        depth: density there over that of the lower peak.
-        peaks: speeds of the slow and the fast peak.
+        edges: [K + 1] ascending speeds > 0.
     """
 
-    at: float = NAN
-    depth: float = NAN
-    peaks: tuple[float, float] = NOWHERE
+    edges: np.ndarray
+
+    @classmethod
+    def of(cls, speeds: np.ndarray) -> Bins:
+        """Bins of speeds [n] > 0, not all the same."""
+        shares = np.linspace(0.0, 1.0, BINS + 1)
+        even = speeds.min() + shares * np.ptp(speeds)
+        return cls(np.unique(np.concatenate((np.quantile(speeds, shares), even))))
+
+    @cached_property
+    def widths(self) -> np.ndarray:
+        """[K] of the bins."""
+        return np.diff(self.edges)
+
+    @cached_property
+    def log_widths(self) -> np.ndarray:
+        """[K] of the bins in the log of the speed."""
+        return np.diff(np.log(self.edges))
+
+    @cached_property
+    def centers(self) -> np.ndarray:
+        """[K] geometric centres."""
+        return np.sqrt(self.edges[1:] * self.edges[:-1])
+
+    def index(self, speeds: np.ndarray) -> np.ndarray:
+        """Which bin every speed falls into."""
+        return np.searchsorted(self.edges[1:-1], speeds, 'right')
+
+    def count(self, index: np.ndarray) -> np.ndarray:
+        """[K] how many speeds there are in each bin."""
+        return np.bincount(index, minlength=len(self.widths)).astype(float)
 
 
-NO_ANTIMODE = Antimode()
+@dataclass(frozen=True, eq=False)
+class TwoModes:
+    """Slow and fast motion, each of a log-concave density in the log of the speed.
+
+    Some steps belong to neither, and are spread evenly over all speeds.
+
+    Attributes:
+        bins: [K] of the speeds.
+        mass: [3, K] share of the steps that are slow, fast and neither, in every bin; sums to 1.
+        steps: n.
+    """
+
+    bins: Bins
+    mass: np.ndarray
+    steps: float
+
+    @property
+    def density(self) -> np.ndarray:
+        """[2, K] of the slow and the fast mode per unit of speed, times their share."""
+        return self.mass[:2] / self.bins.widths
+
+    @cached_property
+    def threshold(self) -> float:
+        """The speed that leaves the fewest steps on the wrong side.
+
+        There the densities are equal; where they are both empty, the geometric middle.
+        """
+        slow, fast = self.mass[:2]
+        wrong = np.pad(np.cumsum(fast), (1, 0)) + np.pad(np.cumsum(slow[::-1])[::-1], (0, 1))
+        first, last = self._medians
+        wrong[:first], wrong[last + 2 :] = math.inf, math.inf
+        best = int(wrong.argmin())
+        alike = wrong <= wrong[best] + ALIKE / self.steps
+        low = best - int(np.argmin(np.append(alike[best::-1], False))) + 1
+        high = best + int(np.argmin(np.append(alike[best:], False))) - 1
+        return math.sqrt(self.bins.edges[low] * self.bins.edges[high])
+
+    @cached_property
+    def peaks(self) -> tuple[float, float]:
+        """Speeds of the highest density on either side of the threshold."""
+        low, high = self._peaks
+        return float(self.bins.centers[low]), float(self.bins.centers[high])
+
+    @cached_property
+    def depth(self) -> float:
+        """The least density between the peaks over that of the lower peak; 1 without a valley."""
+        density = self.density.sum(axis=0)
+        low, high = self._peaks
+        return float(density[low : high + 1].min() / min(density[low], density[high]))
+
+    @property
+    def _peaks(self) -> tuple[int, int]:
+        density = self.density.sum(axis=0)
+        split = int(np.clip(self.bins.index(np.array(self.threshold)), 1, len(density) - 1))
+        return int(density[:split].argmax()), split + int(density[split:].argmax())
+
+    @property
+    def _medians(self) -> tuple[int, int]:
+        """Bins of the modes' medians, ascending."""
+        shares = np.cumsum(self.mass[:2], axis=1)
+        low, high = np.sort((shares < shares[:, -1:] / 2).sum(axis=1))
+        return int(low), int(high)
 
 
-def antimode(grid: np.ndarray, density: np.ndarray) -> Antimode:
-    """The valley between the two highest peaks of a density [n] on a grid [n]."""
-    padded = np.pad(density, 1, constant_values=-1.0)
-    peaks = np.flatnonzero((density > padded[:-2]) & (density >= padded[2:]) & (density > 0))
-    if len(peaks) < 2:
-        return NO_ANTIMODE
-    low, high = np.sort(peaks[np.argsort(density[peaks])[-2:]])
-    at = low + int(np.argmin(density[low : high + 1]))
-    depth = density[at] / min(density[low], density[high])
-    return Antimode(float(grid[at]), float(depth), (float(grid[low]), float(grid[high])))
+def split_modes(bins: Bins, counts: np.ndarray, split: float) -> np.ndarray:
+    """How sure every bin is slow, fast or neither, from modes that a speed parts.
+
+    The modes are normal in the root of the speed, which lies between the speed and its log. They
+    overlap from the start: modes that do not would never come to.
+
+    Returns:
+        [3, K], over the modes 1.
+    """
+    at = np.sqrt(bins.centers)
+    mass = np.empty((3, len(at)))
+    is_slow = np.arange(len(at)) <= min(bins.index(np.array(split)), len(at) - 2)
+    for mode, mine in enumerate((is_slow, ~is_slow)):
+        weights = counts * mine
+        mean = weights @ at / weights.sum()
+        spread = math.sqrt(weights @ (at - mean) ** 2 / weights.sum()) or LEAST_SPREAD * np.ptp(at)
+        density = np.exp(-0.5 * ((at - mean) / spread) ** 2) / spread / math.sqrt(2 * math.pi)
+        widths = np.diff(np.sqrt(bins.edges))
+        mass[mode] = weights.sum() / counts.sum() * (1 - ODD_SHARE) * density * widths
+    mass[2] = ODD_SHARE * _even(bins)
+    return mass / mass.sum(axis=0)
 
 
-class KernelDensity:
-    """Gaussian kernels, narrower where the speeds are dense (Abramson), mirrored at 0.
+def fit_modes(bins: Bins, counts: np.ndarray, shares: np.ndarray) -> TwoModes:
+    """The two likeliest log-concave modes (EM).
 
     Args:
-        speeds: [n] that set the widths of the kernels.
-        grid: [K] evenly spaced from one step above 0 to the highest speed.
+        bins: K of them.
+        counts: [K] steps in the bins.
+        shares: [3, K] how sure every bin is slow, fast or neither, to start from.
+
+    Source: Chang and Walther, Clustering with mixtures of log-concave distributions (2007).
     """
-
-    def __init__(self, speeds: np.ndarray, grid: np.ndarray):
-        self.grid = grid
-        quartiles = np.diff(np.percentile(speeds, (25, 75)))[0] / 1.34
-        width = 0.9 * min(speeds.std(), quartiles or math.inf) * len(speeds) ** -0.2
-        width = max(width, grid[0])
-        pilot = self._counts(speeds[None])[0] @ self._kernels(np.full(len(grid), width))
-        seen = np.interp(speeds, grid, pilot)
-        least = 1e-6 * pilot.max()
-        narrower = np.sqrt(np.exp(np.log(seen).mean()) / np.maximum(pilot, least))
-        self._matrix = self._kernels(np.maximum(width * narrower, grid[0]))
-
-    def density(self, samples: np.ndarray) -> np.ndarray:
-        """[B, K] density of samples [B, n] on the grid."""
-        return self._counts(samples) @ self._matrix / samples.shape[1]
-
-    def _counts(self, samples: np.ndarray) -> np.ndarray:
-        nearest = np.rint(samples / self.grid[0]).astype(int) - 1
-        return _bin_counts(nearest, len(self.grid))
-
-    def _kernels(self, widths: np.ndarray) -> np.ndarray:
-        """[K, K]: row i is the kernel of width widths[i] around grid[i]."""
-        at, widths = self.grid[:, None], widths[:, None]
-        return _gaussian(self.grid, at, widths) + _gaussian(-self.grid, at, widths)
+    at, steps, even, last = np.log(bins.centers), counts.sum(), _even(bins), -math.inf
+    mass = shares * (counts / steps)
+    for _ in range(MOST_ITERATIONS):
+        weights = shares * (counts / steps)
+        sizes = weights.sum(axis=1)
+        if steps * sizes[:2].min() < 1.0:
+            break  # a mode has no step left to be fitted to
+        modes = [fit_log_concave(at, bins.log_widths, each) for each in weights[:2]]
+        mass = sizes[:, None] * np.stack((*(m * bins.log_widths for m in modes), even))
+        total = np.maximum(mass.sum(axis=0), np.finfo(float).tiny)
+        shares = mass / total
+        likelihood = float(counts @ np.log(total))
+        if likelihood - last < ENOUGH:
+            break
+        last = likelihood
+    return TwoModes(bins, mass, steps)
 
 
-def fit_mixture(speeds: np.ndarray) -> Mixture:
-    """The likeliest mixture over all axes, among those with a valley if there are any.
-
-    Args:
-        speeds: [n] > 0, not all the same.
-    """
-    fits = []
-    for axis, (forward, slope) in AXES.items():
-        fit = _fit_axis(axis, forward(speeds))
-        speeds_per_bin = np.log(slope(speeds)).sum()  # likelihoods compare in the speeds' unit
-        grid = speeds.max() * (np.arange(BINS) + 1.0) / BINS
-        has_valley = math.isfinite(antimode(grid, fit.density(grid)[0]).at)
-        fits.append((has_valley, float(fit.log_likelihood[0] + speeds_per_bin), fit))
-    return max(fits, key=lambda each: each[:2])[2]
-
-
-def refit_mixture(mixture: Mixture, samples: np.ndarray, speeds: np.ndarray) -> Mixture:
-    """Mixtures of samples [B, n] of the speeds, started from the speeds' own."""
-    forward, _ = AXES[mixture.axis]
-    centers, edges = _bins(forward(speeds))
-    counts = _bin_counts(np.searchsorted(edges[1:-1], forward(samples), 'right'), BINS)
-    start = (
-        np.tile(part, (len(samples), 1))
-        for part in (mixture.weights, mixture.means, mixture.widths)
-    )
-    return _expect_maximize(mixture.axis, centers, counts, *start, iterations=40)
-
-
-def _fit_axis(axis: str, values: np.ndarray) -> Mixture:
-    centers, edges = _bins(values)
-    counts = _bin_counts(np.searchsorted(edges[1:-1], values, 'right')[None], BINS)
-    splits = [values <= np.quantile(values, share) for share in START_SHARES]
-    means = [(values[slow].mean(), values[~slow].mean()) for slow in splits if not slow.all()]
-    start = (
-        np.tile((0.49, 0.49, 0.02), (len(means), 1)),
-        np.array(means),
-        np.full((len(means), 2), values.std() / 2),
-    )
-    fits = _expect_maximize(axis, centers, counts, *start, iterations=120)
-    return fits.pick(int(np.argmax(fits.log_likelihood)))
-
-
-def _expect_maximize(
-    axis: str,
-    centers: np.ndarray,
-    counts: np.ndarray,
-    weights: np.ndarray,
-    means: np.ndarray,
-    widths: np.ndarray,
-    iterations: int,
-) -> Mixture:
-    """EM of B mixtures at once, on bins, so that it costs the same for any recording.
-
-    Args:
-        axis: key of AXES.
-        centers: [K] of the bins, on the axis.
-        counts: [B or 1, K] in the bins.
-        weights, means, widths: [B, 3], [B, 2], [B, 2] to start from.
-    """
-    total = counts.sum(axis=1, keepdims=True)
-    middle = (counts * centers).sum(axis=1, keepdims=True) / total
-    spread = np.sqrt((counts * (centers - middle) ** 2).sum(axis=1, keepdims=True) / total)
-    flat = np.full((len(means), 1, len(centers)), 1.0 / (centers[-1] - centers[0]))
-    for _ in range(iterations):
-        peaked = _gaussian(centers, means[..., None], widths[..., None])
-        parts = weights[..., None] * np.concatenate((peaked, flat), axis=1)
-        density = parts.sum(axis=1)
-        share = parts * (counts / density)[:, None]
-        mass = np.maximum(share.sum(axis=2), np.finfo(float).tiny)
-        weights = np.maximum(mass / total, (LEAST_SHARE, LEAST_SHARE, 0.0))
-        weights = weights / weights.sum(axis=1, keepdims=True)
-        means = share[:, :2] @ centers / mass[:, :2]
-        squares = (share[:, :2] * (centers - means[..., None]) ** 2).sum(axis=2)
-        widths = np.maximum(np.sqrt(squares / mass[:, :2]), LEAST_WIDTH * spread)
-    return Mixture(
-        axis=axis,
-        weights=weights,
-        means=means,
-        widths=widths,
-        log_likelihood=(counts * np.log(density)).sum(axis=1),
-    )
-
-
-def _bins(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Centres [BINS] and edges [BINS + 1]."""
-    edges = np.linspace(values.min(), values.max(), BINS + 1)
-    return (edges[:-1] + edges[1:]) / 2, edges
-
-
-def _bin_counts(bins: np.ndarray, size: int) -> np.ndarray:
-    """[B, size] how often each bin occurs in every row of [B, n]; bins beyond the ends clip."""
-    rows, columns = len(bins), np.clip(bins, 0, size - 1)
-    flat = columns + size * np.arange(rows)[:, None]
-    return np.bincount(flat.ravel(), minlength=rows * size).reshape(rows, size).astype(float)
-
-
-def _gaussian(x: np.ndarray, mean: np.ndarray, width: np.ndarray) -> np.ndarray:
-    return np.exp(-0.5 * ((x - mean) / width) ** 2) / (width * math.sqrt(2 * math.pi))
+def _even(bins: Bins) -> np.ndarray:
+    """[K] share of the bins in an even spread over all speeds."""
+    return bins.widths / bins.widths.sum()

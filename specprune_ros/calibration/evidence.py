@@ -18,7 +18,7 @@ LEAST_GAP = 1e-6  # 1 - similarity that a picture shows as 0
 
 
 def plot_speeds(valleys: Mapping[str, SpeedValley], now: Mapping[str, float], path: Path) -> None:
-    """Histogram of the executed speeds, both densities, the valley and its interval.
+    """Histogram of the executed speeds, both modes, the threshold between and its interval.
 
     Args:
         valleys: name of the speed -> what was found.
@@ -28,14 +28,16 @@ def plot_speeds(valleys: Mapping[str, SpeedValley], now: Mapping[str, float], pa
     figure, axes = _figure(1, len(valleys), 'executed speeds, 1 = full command')
     for axis, (name, valley) in zip(axes.flat, valleys.items(), strict=True):
         if len(valley.speeds):
-            axis.hist(valley.speeds, 60, density=True, color='#cccccc')
+            bars, _, _ = axis.hist(valley.speeds, 60, density=True, color='#cccccc')
+            # A mode of one exact speed has a density beyond any bar.
+            axis.set_ylim(0, 1.3 * bars.max())
         if valley.density is not None:
             for density, style in zip(valley.density, ('-', '--'), strict=True):
                 axis.plot(valley.grid, density, style, color='k', lw=1)
         axis.axvline(now[name], color=NOW, label=f'now {now[name]:g}')
         if valley.bimodal:
             axis.axvspan(*valley.interval, color=PROPOSED, alpha=0.2, lw=0)
-            axis.axvline(valley.valley, color=PROPOSED, label=f'valley {valley.valley:.3g}')
+            axis.axvline(valley.valley, color=PROPOSED, label=f'between {valley.valley:.3g}')
         axis.set(xlabel=name, ylabel='density', title=valley.why_not[:60])
         axis.title.set_fontsize(8)
         axis.legend(fontsize=8)

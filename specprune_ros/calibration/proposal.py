@@ -66,7 +66,7 @@ def threshold_proposal(parameter: str, now: float, valley: SpeedValley) -> Propo
         )  # fmt: skip
     low, high = valley.interval
     sure = valley.found_share >= RESAMPLES_AGREE
-    slow, fast = valley.kernel.peaks
+    slow, fast = valley.peaks
     return Proposal(
         parameter=parameter,
         now=now,

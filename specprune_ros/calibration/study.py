@@ -35,7 +35,7 @@ from specprune_ros.config import PolicyConfig, PruneConfig
 from specprune_ros.errors import SpecPruneError
 from specprune_ros.loading import load_policy
 from specprune_ros.models.base import ModelInfo
-from specprune_ros.offline import fit_robot
+from specprune_ros.offline import fit_robot, skipped_words
 from specprune_ros.recordings.base import Recording
 
 SPEEDS = {'translation_threshold': 'translation_speed', 'rotation_threshold': 'rotation_speed'}
@@ -108,8 +108,12 @@ def calibrate(
     ]
     # The modes in which queries are judged are those of the thresholds to come.
     pruning = with_proposals(configured, proposals)
+    skipped: list[SpecPruneError] = []
     scan, recorder, model = _scanned(
-        dataclasses.replace(config, pruning=pruning), recording, every, watch
+        dataclasses.replace(config, pruning=pruning),
+        recording,
+        every,
+        lambda outcomes: watch(_noting(outcomes, skipped)),
     )
     cameras = {name: _noise(each, rate) for name, each in scan.changes.items()}
     proposals.append(tau_proposal(configured.similarity_threshold, cameras, rate))
@@ -129,7 +133,7 @@ def calibrate(
         layers=layers,
         ks=ks,
         proposals=proposals,
-        notes=_notes(recording, model.stand_in, unusable),
+        notes=_notes(recording, model.stand_in, unusable, skipped),
     )
 
 
@@ -230,7 +234,19 @@ def _noise(changes: FrameChanges, rate: float) -> CameraNoise:
     return camera_noise(dissimilarity, power, rate)
 
 
-def _notes(recording: Recording, stand_in: bool, unusable: int) -> list[str]:
+def _noting(
+    outcomes: Iterator[SpecPruneError | None], skipped: list[SpecPruneError]
+) -> Iterator[SpecPruneError | None]:
+    """The same outcomes; errors are kept on their way."""
+    for outcome in outcomes:
+        if outcome is not None:
+            skipped.append(outcome)
+        yield outcome
+
+
+def _notes(
+    recording: Recording, stand_in: bool, unusable: int, skipped: list[SpecPruneError]
+) -> list[str]:
     notes = []
     if stand_in:
         notes.append(f'in parentheses, not written: {STAND_IN}')
@@ -238,4 +254,6 @@ def _notes(recording: Recording, stand_in: bool, unusable: int) -> list[str]:
         notes.append('no executed actions were recorded: every query counts as fine')
     if unusable:
         notes.append(f'{unusable} executed actions do not say what moved')
+    if skipped:
+        notes.append(skipped_words(skipped))
     return notes

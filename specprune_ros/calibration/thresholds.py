@@ -1,8 +1,8 @@
-"""Fine and coarse motion told apart by the valley between their executed speeds.
+"""Fine and coarse motion told apart by the threshold between their executed speeds.
 
 SpecPrune-VLA (section 6.2, Fig. 6, A.1.3) reads v_t^th and v_r^th off bimodal histograms by eye.
-Here Hartigan's dip says whether one mode explains the speeds, a mixture and a kernel density say
-where the valley is, and resampled runs of steps say how sure that is.
+Here Hartigan's dip says whether one mode explains the speeds, two log-concave modes say where they
+part, and resampled runs of steps say how sure that is.
 """
 
 from __future__ import annotations
@@ -13,18 +13,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from specprune_ros.calibration.density import (
-    BINS,
-    NO_ANTIMODE,
-    NOWHERE,
-    Antimode,
-    KernelDensity,
-    Mixture,
-    antimode,
-    fit_mixture,
-    refit_mixture,
-)
-from specprune_ros.calibration.dip import dip_p_value, dip_statistic
+from specprune_ros.calibration.density import Bins, TwoModes, fit_modes, split_modes
+from specprune_ros.calibration.dip import dip_p_value, dip_statistic, sparse_stretch
+from specprune_ros.calibration.log_concave import fit_log_concave
 from specprune_ros.checks import executed_displacement
 from specprune_ros.config import RobotConfig
 from specprune_ros.errors import ObservationError
@@ -33,11 +24,15 @@ from specprune_ros.recordings.base import Event
 from specprune_ros.types import ExecutedAction
 
 NAN = float('nan')
+NOWHERE = (NAN, NAN)
 REST = 0.01  # of the 95th percentile: slower steps stand still, and belong to neither mode
 LEAST_STEPS = 50
-SIGNIFICANCE = 0.01  # of the dip
+LEAST_LEVELS = 5  # different speeds; fewer are exact commands, more with ties are rounded ones
+SIGNIFICANCE = 0.005  # of the dip: no sample of the unimodal null has as large a one
 DEEPEST = 0.7  # density in the valley over that of the lower peak; above it there is no valley
-RESAMPLES = 120
+SAME = 1e-9  # relative difference of speeds that are the same but for floating-point noise
+FARTHEST = 2.0  # log of how far beyond a limit its steps may have to lie
+RESAMPLES = 40
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,15 +43,16 @@ class SpeedValley:
         speeds: [n] executed speeds in motion, in order.
         at_rest: executed steps that stood still; left out.
         why_not: why there is no valley; empty when there is one.
-        valley: the threshold, in the unit of the speeds: the geometric mean of both estimates.
-        interval: from the lower to the higher end of the 95 % intervals of both estimates, from
-            resampled blocks of steps.
+        valley: the threshold, in the unit of the speeds: it leaves the fewest steps on the wrong
+            side.
+        interval: 95 % of the thresholds of resampled blocks of steps.
         found_share: share of the resamples that have a valley at all.
-        mixture, kernel: the two estimates.
+        peaks: speeds of the slow and the fast mode.
+        depth: the valley's density over that of the lower peak.
         dip: Hartigan's dip.
-        p_value: how often a uniform sample of this size has as large a dip.
-        density: [2, BINS] of the mixture and the kernels at `grid`.
-        grid: [BINS] speeds.
+        p_value: how often a unimodal sample of this size has as large a dip.
+        density: [2, K] of the slow and the fast mode at `grid`, times their share.
+        grid: [K] speeds, ascending.
     """
 
     speeds: np.ndarray
@@ -65,8 +61,8 @@ class SpeedValley:
     valley: float = NAN
     interval: tuple[float, float] = NOWHERE
     found_share: float = NAN
-    mixture: Antimode = NO_ANTIMODE
-    kernel: Antimode = NO_ANTIMODE
+    peaks: tuple[float, float] = NOWHERE
+    depth: float = NAN
     dip: float = NAN
     p_value: float = NAN
     density: np.ndarray | None = None
@@ -123,50 +119,88 @@ def find_valley(speeds: np.ndarray, seed: int = 0) -> SpeedValley:
         return SpeedValley(**seen, why_not=why)
     if np.ptp(moving) <= 1e-9 * moving.max():
         return SpeedValley(**seen, why_not='not bimodal: all speeds are the same')
-    grid = moving.max() * (np.arange(BINS) + 1.0) / BINS
-    mixture, kernels = fit_mixture(moving), KernelDensity(moving, grid)
-    densities = np.concatenate((mixture.density(grid), kernels.density(moving[None])))
-    by_mixture, by_kernels = (antimode(grid, density) for density in densities)
-    dip = dip_statistic(moving)
-    p_value = dip_p_value(dip, len(moving))
-    seen |= {'mixture': by_mixture, 'kernel': by_kernels, 'dip': dip, 'p_value': p_value}
-    seen |= {'density': densities, 'grid': grid}
-    why = _why_not(p_value, by_mixture.depth, by_kernels.depth)
-    if why:
+    spread = _without_ties(_without_limit(moving, seed), seed)
+    bins = Bins.of(spread)
+    index = bins.index(spread)
+    counts = bins.count(index)
+    dip = float(dip_statistic(spread))
+    p_value = dip_p_value(dip, counts, bins.edges, seed)
+    seen |= {'dip': dip, 'p_value': p_value}
+    if p_value > SIGNIFICANCE:
+        why = f'not bimodal: one mode explains the speeds (dip test, p {p_value:.2f})'
         return SpeedValley(**seen, why_not=why)
-    estimates = (by_mixture.at, by_kernels.at)
-    valleys = _resampled(moving, mixture, kernels, seed)
-    found = valleys[np.isfinite(valleys).all(axis=1)]
-    ends = np.percentile(found, (2.5, 97.5), axis=0) if len(found) else np.array([estimates])
+    split = math.sqrt(math.prod(sparse_stretch(spread)))
+    modes = fit_modes(bins, counts, split_modes(bins, counts, split))
+    seen |= {'density': modes.density, 'grid': bins.centers}
+    seen |= {'peaks': modes.peaks, 'depth': modes.depth}
+    if modes.depth > DEEPEST:
+        why = 'not bimodal: no valley between two modes, or a shallow one'
+        return SpeedValley(**seen, why_not=why)
+    found = _resampled(index, modes, seed)
+    ends = np.percentile(found, (2.5, 97.5)) if len(found) else (modes.threshold,) * 2
     return SpeedValley(
         **seen,
         why_not='',
-        valley=math.sqrt(math.prod(estimates)),
-        interval=(float(ends.min()), float(ends.max())),
-        found_share=len(found) / len(valleys),
+        valley=modes.threshold,
+        interval=(float(ends[0]), float(ends[1])),
+        found_share=len(found) / RESAMPLES,
     )
 
 
-def _why_not(p_value: float, *depths: float) -> str:
-    if p_value > SIGNIFICANCE:
-        return f'not bimodal: one mode explains the speeds (dip test, p {p_value:.2f})'
-    if not all(depth <= DEEPEST for depth in depths):
-        return 'not bimodal: no valley between two modes, or a shallow one'
-    return ''
+def _without_limit(speeds: np.ndarray, seed: int) -> np.ndarray:
+    """The speeds; where a limit has cut off a mode's tail, the steps at it lie beyond it.
+
+    Else they would count as a mode of their own. They are one when they are more than the tail of
+    a log-concave mode can hold.
+    """
+    limited = speeds >= speeds.max() * (1 - SAME)
+    others, share = speeds[~limited], limited.mean()
+    if limited.sum() < 2 or len(np.unique(others)) < LEAST_LEVELS:
+        return speeds
+    bins = Bins.of(others)
+    at, counts = np.log(bins.centers), bins.count(bins.index(others))
+    density = np.log((1 - share) * fit_log_concave(at, bins.log_widths, counts)[-2:])
+    slope = np.diff(density)[0] / (at[-1] - at[-2])
+    there = math.exp(density[-1] + slope * (math.log(speeds.max()) - at[-1]))
+    if share * -slope > there:
+        return speeds
+    beyond = np.random.default_rng(seed).exponential(share / there, limited.sum())
+    spread = speeds.copy()
+    spread[limited] *= np.exp(np.minimum(beyond, FARTHEST))
+    return spread
 
 
-def _resampled(
-    speeds: np.ndarray, mixture: Mixture, kernels: KernelDensity, seed: int
-) -> np.ndarray:
-    """[RESAMPLES, 2] valleys of the mixture and the kernels, NaN where there is none.
+def _without_ties(speeds: np.ndarray, seed: int) -> np.ndarray:
+    """The speeds, those that repeat spread over what rounding to their neighbours would take.
+
+    Rounded speeds are a comb whose every tooth would count as a mode.
+    """
+    shortened = np.round(speeds / speeds.max() / SAME) * SAME
+    levels, level_of, counts = np.unique(shortened, return_inverse=True, return_counts=True)
+    if len(levels) < LEAST_LEVELS:
+        return speeds
+    gaps = np.diff(levels)
+    gaps = np.minimum(np.append(gaps, gaps[-1]), np.append(gaps[0], gaps))
+    reach = np.where(counts > 1, np.minimum(gaps, levels) / 2, 0.0)
+    shifts = np.random.default_rng(seed).uniform(-1.0, 1.0, len(speeds))
+    return speeds + speeds.max() * reach[level_of] * shifts
+
+
+def _resampled(index: np.ndarray, modes: TwoModes, seed: int) -> np.ndarray:
+    """Thresholds of those of RESAMPLES that have a valley.
 
     Blocks of steps are drawn, not steps: neighbours belong to one phase of the motion, and say
     the same thing twice.
+
+    Args:
+        index: [n] the steps' bins, in order.
+        modes: of all steps.
+        seed: of the resampling.
     """
     random = np.random.default_rng(seed)
-    steps, block = len(speeds), math.ceil(math.sqrt(len(speeds)))
+    steps, block = len(index), math.ceil(math.sqrt(len(index)))
     starts = random.integers(0, steps, (RESAMPLES, math.ceil(steps / block), 1))
     rows = ((starts + np.arange(block)) % steps).reshape(RESAMPLES, -1)[:, :steps]
-    fits = refit_mixture(mixture, speeds[rows], speeds)
-    pairs = zip(fits.density(kernels.grid), kernels.density(speeds[rows]), strict=True)
-    return np.array([[antimode(kernels.grid, density).at for density in pair] for pair in pairs])
+    shares = modes.mass / np.maximum(modes.mass.sum(axis=0), np.finfo(float).tiny)
+    fits = (fit_modes(modes.bins, modes.bins.count(index[row]), shares) for row in rows)
+    return np.array([fit.threshold for fit in fits if fit.depth <= DEEPEST])

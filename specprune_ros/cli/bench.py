@@ -1,6 +1,8 @@
 """Time dense and pruned inference, interleaved in one run.
 
 End to end from uint8 images on the host to actions on the host, coarse and fine mode mixed 1:1.
+Times are in ms; dense/this is dense time over this variant's, so 2 is twice as fast. The model is
+the stand-in models/tiny unless --params says otherwise.
 """
 
 from __future__ import annotations
@@ -13,28 +15,45 @@ from pathlib import Path
 
 from specprune_ros.cli.options import add_config_arguments, at_least, config_from
 from specprune_ros.config import PolicyConfig
-from specprune_ros.errors import ConfigError
+from specprune_ros.errors import ConfigError, SpecPruneError
 
+EXAMPLE = """
+example, two cameras, with every row in a file:
+  specprune bench --params models/shrunk_7b --cameras 2 --repeats 60 --json rows.json
+"""
 MODEL_SIDE = 224
+CAMERAS, REPEATS = (1, 2, 3), 30
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = EXAMPLE
     add_config_arguments(parser)
     parser.add_argument(
-        '--cameras', type=int, nargs='+', default=[1, 2, 3], choices=range(1, 5), metavar='N'
-    )
-    parser.add_argument('--repeats', type=int, default=30, help='queries per variant')
+        '--cameras', type=int, nargs='+', default=CAMERAS, choices=range(1, 5), metavar='N',
+        help='numbers of cameras, 1 to 4; one table row each per variant and stage '
+        f'(default {" ".join(map(str, CAMERAS))})',
+    )  # fmt: skip
     parser.add_argument(
-        '--breakdown', action='store_true', help='also what every part of pruning costs'
+        '--repeats', type=int, default=REPEATS, metavar='N',
+        help='queries per variant (default %(default)s)',
+    )  # fmt: skip
+    parser.add_argument(
+        '--breakdown', action='store_true',
+        help='also what every part of pruning costs, in ms and %% of dense (default: no)',
+    )  # fmt: skip
+    parser.add_argument(
+        '--preprocessing', metavar='RECORDING',
+        help='instead: exact against fast preprocessing, ms and difference, on a recording '
+        '(default: no)',
+    )  # fmt: skip
+    parser.add_argument(
+        '--csv', type=Path, metavar='FILE', help='write all rows here (default: nowhere)'
     )
     parser.add_argument(
-        '--preprocessing',
-        metavar='RECORDING',
-        help='instead: exact against fast preprocessing on a recording',
+        '--json', type=Path, metavar='FILE', help='likewise, as a list (default: nowhere)'
     )
-    parser.add_argument('--csv', type=Path, help='write all rows here')
-    parser.add_argument('--json', type=Path, help='write all rows here, as a list')
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -78,16 +97,17 @@ def compare_preprocessing(config: PolicyConfig, path: str) -> int:
     from specprune_ros.bench.preprocessing import compare
     from specprune_ros.images import as_rgb
     from specprune_ros.models import pick_device
-    from specprune_ros.offline import fit_robot, run_recording
+    from specprune_ros.offline import fit_robot, run_recording, skipped_words
     from specprune_ros.policy import Policy
     from specprune_ros.recordings import open_recording
 
     recording = open_recording(path)
     config = fit_robot(config, recording)
-    steps = run_recording(Policy.load(config), recording)
+    steps = list(run_recording(Policy.load(config), recording))
     observations = [step[0] for step in steps if isinstance(step, tuple)]
+    skipped = skipped_words(step for step in steps if isinstance(step, SpecPruneError))
     if len(observations) < 2:
-        raise ConfigError('--preprocessing', path, 'needs at least two queries')
+        raise ConfigError('--preprocessing', path, f'needs at least two queries; {skipped}')
     decoded = [
         dataclasses.replace(
             observation, images={name: as_rgb(image) for name, image in observation.images.items()}
@@ -101,6 +121,8 @@ def compare_preprocessing(config: PolicyConfig, path: str) -> int:
     if shapes == {(MODEL_SIDE, MODEL_SIDE)}:
         print("NOTE: the images have the model's size: no JPEG and no resize, little to compare")
     print(f'{len(decoded)} queries, {len(config.robot.camera_names)} cameras of {sorted(shapes)}')
+    if skipped:
+        print(skipped)
     print(f'time:    exact {result.exact_ms:.2f} ms, fast {result.fast_ms:.2f} ms, all cameras')
     print(f'pixels:  differ by {result.pixel_mean:.3f} on average, {result.pixel_max:.0f} at most')
     print(

@@ -13,6 +13,13 @@ from specprune_ros.cli.options import at_least, config_from, recording_from
 from specprune_ros.cli.queries import add_query_arguments
 from specprune_ros.errors import ConfigError
 
+EXAMPLE = """
+example, the parameters of one's own robot and checkpoint, then the node with them:
+  specprune calibrate my_bag --params robots/libero_franka --params models/openvla_oft \\
+    --set model.checkpoint=my_checkpoint --out out/calibrate
+  ros2 launch specprune_ros vla.launch.py pruning:=out/calibrate/pruning.yaml
+"""
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -22,15 +29,20 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     add_query_arguments(parser)
-    parser.add_argument('--out', type=Path, default=Path('out/calibrate'), help='output folder')
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = EXAMPLE
+    parser.add_argument(
+        '--out', type=Path, default=Path('out/calibrate'),
+        help='output folder (default %(default)s)',
+    )  # fmt: skip
     parser.add_argument(
         '--false-changes', type=float, default=0.01, metavar='SHARE',
-        help='share of still patches that may count as changed (default 0.01)',
+        help='share of still patches, 0 to 1, that may count as changed (default %(default)g)',
     )  # fmt: skip
     parser.add_argument(
         '--budget', type=float, default=None, metavar='SHARE',
-        help='share of the patches that V_retain may keep on average; default: what the '
-        'configured K keep on this recording',
+        help='share of the patches, 0 to 1, that V_retain may keep on average (default: what the '
+        'configured K keep on this recording)',
     )  # fmt: skip
 
 

@@ -28,6 +28,12 @@ HEADS = {
     'OpenVLA-OFT (model:=openvla_oft); nothing in the files tells which',
 }
 PARALLEL = 'no file: discrete tokens in one pass'
+EXAMPLE = """
+example:
+  specprune info ~/my_checkpoint
+
+exit status 0 when the folder can be launched, 1 when something is missing or broken
+"""
 OWN_ROBOT = '/path/to/my_robot.yaml'
 # (word in a dataset's name, action elements) -> robot files to start from, for models of several
 # cameras and for those of one
@@ -55,7 +61,9 @@ class Launch:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument('folder', type=Path, help='checkpoint folder')
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = EXAMPLE
+    parser.add_argument('folder', type=Path, help='checkpoint folder, as it was downloaded')
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -80,11 +88,19 @@ def run(arguments: argparse.Namespace) -> int:
     print('missing/broken:' if problems else 'missing/broken: nothing')
     for problem in dict.fromkeys(problems):
         print(f'  - {problem}')
+    show_launches(launches, broken=bool(problems))
+    return 1 if problems else 0
+
+
+def show_launches(launches: list[Launch], *, broken: bool) -> None:
+    """Print how to launch the folder, and whether that must wait for a repair."""
+    if broken:
+        waits = 'launch once the above is fixed:'
+        print(waits if launches else f'{waits} how, can only be told then')
     for launch in launches:
-        print(f'launch:         {launch_line(launch)}')
+        print(f'{"launch:":<16}{launch_line(launch)}')
         if launch.needs:
             print(f'{"":<16}{Path(OWN_ROBOT).name}: {launch.needs}')
-    return 1 if problems else 0
 
 
 def models(folder: Folder) -> list[str]:
@@ -119,7 +135,13 @@ def size(folder: Folder) -> str:
     count = sum(math.prod(weight.shape) for weight in weights.values())
     files = {weight.file for weight in weights.values()}
     total = sum(file.stat().st_size for file in files)
-    return f'{count / 1e6:,.1f} M parameters, {total / 1e9:.3f} GB in {len(files)} file(s)'
+    return f'{counted(count)} parameters, {total / 1e9:.3f} GB in {len(files)} file(s)'
+
+
+def counted(count: int) -> str:
+    """A number as one reads it and, behind it, to the last digit."""
+    size, unit = (1e9, 'B') if count >= 1e9 else (1e6, 'M')
+    return f'{count / size:.4g} {unit} ({count:,})'
 
 
 def head(folder: Folder) -> str:

@@ -2,7 +2,8 @@
 
 The golden folder holds inputs.npz (images_uint8, input_ids, proprio_raw) and outputs.npz; or it is
 one inside of such a folder, with outputs.npz alone (FiLM, diffusion) or io.npz (ALOHA). The model
-is loaded as float32 unless --set model.dtype says otherwise.
+is loaded as float32 unless --set model.dtype says otherwise, and with robots/libero_franka and
+models/openvla_oft unless --params says otherwise.
 """
 
 from __future__ import annotations
@@ -12,8 +13,17 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from specprune_ros.cli.info import counted
 from specprune_ros.cli.options import add_config_arguments, config_from
 from specprune_ros.errors import ConfigError
+
+EXAMPLE = """
+example, a checkpoint with FiLM against the vectors of one:
+  specprune verify ~/my_film_checkpoint --golden test/data/golden/openvla_oft/film
+
+errors and tolerances are in the unit of the tensor that they belong to; exit status 1 when one
+is off, 2 when nothing could be compared
+"""
 
 if TYPE_CHECKING:
     from specprune_ros.verify import TensorError
@@ -21,10 +31,13 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = EXAMPLE
     parser.add_argument('folder', type=Path, help='checkpoint folder')
     parser.add_argument(
-        '--golden', type=Path, required=True, metavar='DIR', help='folder of reference vectors'
-    )
+        '--golden', type=Path, required=True, metavar='DIR',
+        help='required: folder of reference vectors, or one inside of it, such as film',
+    )  # fmt: skip
     add_config_arguments(parser)
     parser.set_defaults(params_default=['robots/libero_franka', 'models/openvla_oft'])
 
@@ -55,7 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
     with without_tf32():
         loaded = load(config, pick_device(model.device), StoredPrompt(inputs['input_ids']))
         errors = list(compare(loaded, config.robot, inputs, outputs))
-    print(f'{loaded.info.name}, {loaded.info.parameters / 1e6:.1f} M parameters, {model.dtype}')
+    print(f'{loaded.info.name}, {counted(loaded.info.parameters)} parameters, {model.dtype}')
     return show(errors, sorted(set(outputs) - {error.name for error in errors}))
 
 
