@@ -82,6 +82,7 @@ FAULTS: dict[str, Fault] = {
     'velocity_limit': Fault(512, 'a command beyond a velocity limit: refused or clamped'),
     'step_limit': Fault(513, 'a command too far from the one before: refused or clamped'),
     'initial_step': Fault(514, 'a first command too far from the measured state: refused'),
+    'tracking_error': Fault(515, 'the arm does not follow its commands: disabled'),
     'starved': Fault(521, 'no chunk in time for the next control step: safety output'),
     'task_ended': Fault(
         522, 'the task ended or another began while commands went out: safety output'

@@ -275,6 +275,7 @@ class QueryTrigger:
 
     def image(self, camera: str, now_ns: int) -> bool:
         """An image came; whether it completes a set while a query is due."""
+        self._mind_the_clock(now_ns)
         if now_ns < self._due_ns:
             return False
         self._new.add(camera)
@@ -282,7 +283,13 @@ class QueryTrigger:
 
     def is_overdue(self, now_ns: int) -> bool:
         """Whether a due query has waited long enough for its set."""
+        self._mind_the_clock(now_ns)
         return now_ns - self._due_ns >= self._patience_ns
+
+    def _mind_the_clock(self, now_ns: int) -> None:
+        """A clock that was set back would make the next query wait until it has caught up."""
+        if now_ns < self._due_ns - self._period_ns:
+            self.start(now_ns)
 
     def queried(self, now_ns: int) -> None:
         """A query went out; the next is due a period after this one was."""

@@ -7,6 +7,7 @@ publishing. A third does what may wait while inference runs.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
@@ -222,6 +223,13 @@ class InferenceWorker:
         return not self._thread.is_alive()
 
     def _run(self) -> None:
+        try:
+            self._serve()
+        finally:
+            # Whoever still holds an abandoned worker must not hold the model with it.
+            self._policy = self._on_result = self._on_error = self._on_replan = None
+
+    def _serve(self) -> None:
         while True:
             with self._wake:
                 self._wake.wait_for(lambda: self._stop or self._job or self._asked or self._steps)
@@ -244,8 +252,14 @@ class InferenceWorker:
             except BaseException as error:  # the thread must outlive any fault of one query
                 self._rest()
                 if not self._stop:
-                    self._on_error(_as_exception(error), job)
+                    self._tell(_as_exception(error), job)
             self._rest()
+
+    def _tell(self, error: Exception, job: Job | None) -> None:
+        try:
+            self._on_error(error, job)
+        except Exception:  # an error that cannot even be told
+            logging.getLogger(__name__).exception('an error of an inference could not be told')
 
     def _rest(self) -> None:
         self._current = self._busy_since = None

@@ -484,3 +484,15 @@ def test_queries_keep_their_rate_on_average(period, gaps_ms):
     passed, slack = now - NOW, 60 * MS
     assert queries <= passed / period + 1
     assert queries >= passed / (period + slack) - 1
+
+
+def test_a_clock_set_back_does_not_silence_the_trigger():
+    """Bug: the next query waited until the clock had caught up."""
+    trigger = QueryTrigger(('wrist',), PERIOD)
+    trigger.start(NOW)
+    assert trigger.image('wrist', NOW)
+    trigger.queried(NOW)
+    earlier = NOW - 600 * 1_000_000_000
+    assert trigger.image('wrist', earlier)
+    trigger.queried(earlier)
+    assert trigger.image('wrist', earlier + 2 * PERIOD)

@@ -202,8 +202,9 @@ class Machine(RuleBasedStateMachine):
     def check(self, output) -> None:
         if isinstance(output, Safety):
             assert not self.silent or self.streamed, 'a second safety output'
-            self.silent, self.streamed, self.before = True, False, None
+            self.silent, self.streamed = True, False
             self.check_safe(output.target)
+            self.before = None
             return
         assert isinstance(output, Command)
         assert self.streamer.state == StreamState.STREAMING
@@ -279,9 +280,13 @@ class PoseMachine(Machine):
         self.before = sent
 
     def check_safe(self, target) -> None:
-        if target is not None:
-            assert np.array_equal(target.position, self.at)
-            assert ((self.at >= LOW) & (self.at <= HIGH)).all()
+        if target is None:
+            return
+        held = target.position
+        assert ((held >= LOW) & (held <= HIGH)).all()
+        if not np.array_equal(held, self.at):  # further from the last command than one step
+            assert (np.abs(held - self.before) <= STEP + ROUNDING).all()
+            assert (np.abs(held - self.at) <= np.abs(self.before - self.at) + ROUNDING).all()
 
 
 class TwistMachine(PoseMachine):

@@ -747,3 +747,27 @@ def test_every_configured_output_can_be_made():
         ('joint_trajectory', JOINT_ROBOT), ('twist', CARTESIAN_ROBOT), ('pose', CARTESIAN_ROBOT),
     ):  # fmt: skip
         Streamer(config_of(base, stream__output=output), lambda code, message: None)
+
+
+@pytest.mark.parametrize('space', ['joint_delta', 'joint_position'])
+def test_an_arm_that_does_not_follow_is_disabled(space):
+    """Bug: commands went on adding up, and the arm would have jumped to them once it was free."""
+    world = World(robot__action_space=space, limits__max_tracking_error=0.1)
+    for _ in range(10):
+        rows = ramp(0.03) if space == 'joint_position' else 0 * ramp(0.03) + 0.03
+        world.put(rows)
+        world.tick(HORIZON)
+    reach = max(abs(output.target.positions).max() for output in world.commands)
+    assert reach <= 0.1 + 0.03 + 1e-9
+    assert 'tracking_error' in world.faults
+    assert world.state == 'DISABLED'
+    assert len(world.safeties) == 1
+
+
+def test_hold_gives_the_arm_the_time_that_its_speed_limit_asks_for():
+    """Bug: the safety output asked for the way back to an old measurement within one period."""
+    world = World(robot__action_space='joint_delta', limits__velocity_max=[1.0])
+    world.put(0 * ramp(0.01) + 0.04)
+    world.tick(3)  # 0.12 rad ahead of what was measured
+    (safety,) = world.order('pause', True)
+    assert safety.target.duration_s == pytest.approx(0.12, abs=0.041)

@@ -739,3 +739,30 @@ def test_presence_is_told_once_for_every_loss():
         assert peer.is_gone(start + 9.0)
     peer.forget()
     assert not peer.is_gone(300.0)
+
+
+def test_a_worker_that_ended_holds_no_policy():
+    """Bug: an abandoned worker kept the model, and the next one did not fit beside it."""
+    policy = FakePolicy()
+    kept = weakref.ref(policy)
+    worker = InferenceWorker(policy, lambda *_: None, lambda *_: None)
+    assert worker.stop(SOON)
+    del policy
+    gc.collect()
+    assert kept() is None
+
+
+def test_an_error_that_cannot_be_told_does_not_end_the_thread(bench):
+    """Bug: what the callback raised ended the thread, and nobody noticed."""
+    told = []
+
+    def tell(error, job):
+        told.append(job.ticket)
+        raise RuntimeError('no words for it')
+
+    bench.worker._on_error = tell
+    bench.worker.submit(Job(1, ValueError('bad')))
+    bench.worker.submit(Job(1, ValueError('bad')))
+    bench.submit(2, 'good')
+    bench.wait()
+    assert bench.results[-1][0] == 2

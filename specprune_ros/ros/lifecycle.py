@@ -15,6 +15,13 @@ TRANSITIONS = {
     'deactivate': Transition.TRANSITION_DEACTIVATE,
     'cleanup': Transition.TRANSITION_CLEANUP,
 }
+REACHES = {
+    'configure': 'inactive',
+    'activate': 'active',
+    'deactivate': 'inactive',
+    'cleanup': 'unconfigured',
+}
+ASK_S = 10.0  # without an answer after which the state is looked at
 SERVICE_TIMEOUT_S = 20.0  # for the node to appear
 CALL_TIMEOUT_S = 120.0  # for a transition; configure loads the model
 
@@ -51,11 +58,22 @@ class LifecycleClient:
             Whether it succeeded.
 
         Raises:
-            TimeoutError: no answer.
+            TimeoutError: no answer, and no state either.
         """
         request = ChangeState.Request()
         request.transition.id = TRANSITIONS[transition]
-        return self._call(self._change, request).success
+        future = self._change.call_async(request)
+        end = time.monotonic() + CALL_TIMEOUT_S
+        while time.monotonic() < end:
+            rclpy.spin_until_future_complete(self._node, future, timeout_sec=ASK_S)
+            if future.done():
+                return future.result().success
+            # An answer can be lost on a busy machine. A node that tells its state is through.
+            asked = self._get.call_async(GetState.Request())
+            rclpy.spin_until_future_complete(self._node, asked, timeout_sec=ASK_S)
+            if asked.done() and not future.done():
+                return asked.result().current_state.label == REACHES[transition]
+        raise TimeoutError(f'{self._target} did not answer within {CALL_TIMEOUT_S:g} s')
 
     def request(self, transition: str) -> None:
         """Ask for a transition without waiting for the answer."""

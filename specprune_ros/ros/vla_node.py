@@ -53,6 +53,7 @@ STOP_S = 1.0  # how long cleanup waits for a running inference
 WATCH_S = 0.05  # how often deadlines are looked at
 READER_GRACE_S = 1.0  # discovery takes a while: nobody is missed before
 PEER_TIMEOUT_S = 1.0  # of action_streamer's heartbeat, five a second
+CLOCK_STEP_NS = 10_000_000  # a clock that is set back by less was corrected, and did not jump
 LAST_CALLS = 30  # turns of the executor in which the last answers leave
 SUCCESS, FAILURE = TransitionCallbackReturn.SUCCESS, TransitionCallbackReturn.FAILURE
 
@@ -99,6 +100,7 @@ class VlaNode(LifecycleNode):
         self._ended: list[TaskEnd] = []
         self._machine = TaskMachine(self._ended.append)
         self._settled_epoch = 0
+        self._watched_ns = 0
         self._gate = threading.Lock()  # held while a chunk goes out, and to stop that
         self._reader, self._peer = Presence(READER_GRACE_S), Presence(PEER_TIMEOUT_S)
         self._mailbox = Mailbox(self)
@@ -266,6 +268,7 @@ class VlaNode(LifecycleNode):
             if not pipeline.destroy(STOP_S):
                 self._fault('hung', f'an inference did not end within {STOP_S:g} s; abandoned')
                 self._abandoned.append(pipeline.worker)
+        self._abandoned = [worker for worker in self._abandoned if worker.is_alive]
         with self._acting() as machine:
             machine.cleanup()
         del pipeline
@@ -306,13 +309,24 @@ class VlaNode(LifecycleNode):
             machine.e_stop(msg.data)
 
     def _on_clock_jump(self, jump: TimeJump) -> None:
+        self._went_back(jump.delta.nanoseconds)
+
+    def _watch_clock(self) -> None:
+        """rclpy tells of jumps of simulated time only; a system clock can be set back too."""
+        now_ns = self._now_ns()
+        if now_ns < self._watched_ns - CLOCK_STEP_NS:
+            self._went_back(now_ns - self._watched_ns)
+        self._watched_ns = now_ns
+
+    def _went_back(self, delta_ns: int) -> None:
+        self._watched_ns = self._now_ns()
         if self._pipeline is None:
             return
-        delta_s = jump.delta.nanoseconds / NS
-        self._fault('clock_jump', f'clock = {delta_s:.3f} s: went backwards, buffers are dropped')
+        text = f'clock = {delta_ns / NS:.3f} s: went backwards, buffers are dropped'
+        self._fault('clock_jump', text)
         self._pipeline.inbox.forget_inputs()
         with self._acting() as machine:
-            machine.clock_jumped(jump.delta.nanoseconds)
+            machine.clock_jumped(delta_ns)
 
     def _on_set_dense(self, request: SetBool.Request, response: SetBool.Response):
         """Bypass pruning, or prune again, from the next query on."""
@@ -347,6 +361,7 @@ class VlaNode(LifecycleNode):
         return self._pipeline is not None and self._pipeline.worker.busy_s > 0.0
 
     def _on_watch(self) -> None:
+        self._watch_clock()
         self._watch_inference()
         if self._machine.task is not None:
             with self._acting() as machine:
@@ -366,12 +381,14 @@ class VlaNode(LifecycleNode):
             return
         busy_s = self._pipeline.worker.busy_s
         deadline = self._pipeline.config.runtime.inference_deadline_s
+        if not self._pipeline.worker.is_alive:
+            busy_s = float('inf')
         if busy_s > deadline:
             message = f'inference = {busy_s:.2f} s: outlived its deadline of {deadline:g} s'
             self._fault('hung', message)
-            self._once.give_up(message)
-            with self._acting() as machine:
+            with self._acting() as machine:  # first: its result is void before it has no owner
                 machine.hang(message)
+            self._once.give_up(message)
 
     def _on_heartbeat(self) -> None:
         self._status.publish(heartbeat=True)

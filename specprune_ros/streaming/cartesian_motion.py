@@ -76,9 +76,18 @@ class PoseMotion(CartesianMotion):
             position=base.position, quaternion_xyzw=base.quaternion, frame_id=self._frame_id
         )
 
-    def hold(self, measured: Measured, now_ns: int) -> PoseTarget | None:
-        """The measured pose; nothing beyond a limit is commanded, not even to stay there."""
+    def hold(self, measured: Measured, now_ns: int, commanded: Pose | None) -> PoseTarget | None:
+        """The measured pose; nothing beyond a limit is commanded, not even to stay there.
+
+        Where the limits do not let one step reach it, the point on the way that they do, in the
+        commanded orientation.
+        """
         pose = measured.pose(now_ns)
+        if commanded is not None:
+            way = np.concatenate((pose.position - commanded.position, np.zeros(3)))
+            move = self.limits.clamp(way, commanded.position, first=False)
+            if move is None or not np.array_equal(move, way):
+                pose = self.moved(commanded, np.zeros(6) if move is None else move)
         if self.limits.outside(pose.position).any():
             return None
         return self.target(pose, np.zeros(6))
@@ -119,7 +128,7 @@ class TwistMotion(CartesianMotion):
         twist = move / self._unit
         return TwistTarget(linear=twist[:3], angular=twist[3:], frame_id=self._frame_id)
 
-    def hold(self, measured: Measured, now_ns: int) -> TwistTarget:
+    def hold(self, measured: Measured, now_ns: int, commanded: Pose | None) -> TwistTarget:
         """Zero speed, whatever was measured."""
         return self.stop()
 

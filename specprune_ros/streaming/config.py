@@ -152,6 +152,13 @@ class LimitConfig:
         'max_step allow so much: any joint (rad or m), or the end-effector position (m)',
         low=1e-9, high=10.0, unit='rad or m',
     )  # fmt: skip
+    max_tracking_error: float = setting(
+        0.3,
+        'greatest distance of the measured state from the last command, any joint (rad or m) or '
+        'end-effector coordinate (m); an arm that is further behind does not follow: streaming '
+        'ends until ~/enable',
+        low=1e-9, high=10.0, unit='rad or m',
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         check_fields('limits', self)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 
 from specprune_ros.errors import ConfigError
@@ -57,12 +59,21 @@ class JointMotion(Motion[np.ndarray]):
         """[M] positions, displacements or speeds."""
         return base if self._absolute else move / self._scale
 
-    def hold(self, measured: Measured, now_ns: int) -> JointTarget | None:
-        """The measured positions; nothing beyond a limit is commanded, not even to stay there."""
+    def hold(
+        self, measured: Measured, now_ns: int, commanded: np.ndarray | None
+    ) -> JointTarget | None:
+        """The measured positions; nothing beyond a limit is commanded, not even to stay there.
+
+        The measurement is a little old: as much time is given as the speed limits ask for.
+        """
         positions = measured.joints(now_ns)
         if self.limits.outside(positions).any():
             return self.stop()
-        return self.target(positions, np.zeros(len(positions)))
+        target = self.target(positions, np.zeros(len(positions)))
+        if commanded is None:
+            return target
+        periods = float((np.abs(positions - commanded) / self.limits.speed_step).max())
+        return dataclasses.replace(target, duration_s=self._dt_s * max(1.0, periods))
 
     def stop(self) -> JointTarget:
         """A target without points."""

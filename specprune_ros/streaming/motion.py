@@ -62,8 +62,8 @@ class Motion(ABC, Generic[Base]):
         """[M] the action that commands `base`, by displacement `move` [M], in action units."""
 
     @abstractmethod
-    def hold(self, measured: Measured, now_ns: int) -> Target | None:
-        """What keeps the arm where it was measured.
+    def hold(self, measured: Measured, now_ns: int, commanded: Base | None) -> Target | None:
+        """What keeps the arm where it was measured, and gets it there from the last command.
 
         Raises:
             Refusal: where that is, is not known.

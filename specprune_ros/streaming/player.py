@@ -130,7 +130,7 @@ class ChunkPlayer:
         # Grippers keep what they were told: where they were measured is no command to grip.
         if how == 'hold' and not (as_joints and self._gripped is None):
             try:
-                target = self._motion.hold(self.measured, now_ns)
+                target = self._motion.hold(self.measured, now_ns, self._commanded)
             except Refusal:  # the measurement is missing or stale
                 target = self._motion.stop()
         return self._with_grippers(target)
@@ -138,8 +138,21 @@ class ChunkPlayer:
     def _base(self, now_ns: int):
         """What the next displacement starts from; a measurement has to be there in any case."""
         measured = self._motion.measured(self.measured, now_ns)
-        seeded = self._motion.accumulates and self._commanded is not None
-        return self._commanded if seeded else measured
+        if not self._motion.accumulates or self._commanded is None:
+            return measured
+        self._check_tracking(measured)
+        return self._commanded
+
+    def _check_tracking(self, measured) -> None:
+        """An arm that stands still while commands go on would jump to them all at once."""
+        position = self._motion.position
+        behind = np.abs(position(self._commanded) - position(measured))
+        limit = self._config.limits.max_tracking_error
+        if (behind > limit).any():
+            columns = self._motion.columns[np.flatnonzero(behind > limit)]
+            names = ', '.join(self._config.robot.action_names[column] for column in columns)
+            why = f'{names} are up to {behind.max():.3f} behind, limit {limit:g}'
+            raise Refusal('tracking_error', why, columns)
 
     def _command(self, due: Due, base, now_ns: int) -> Command:
         motion, how = self._motion, self._config.stream.gripper

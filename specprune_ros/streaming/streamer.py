@@ -25,6 +25,7 @@ from specprune_ros.types import ActionChunk
 
 __all__ = ['Command', 'Output', 'Safety', 'StreamState', 'Streamer']
 
+DISABLING = ('tracking_error',)  # after these a person decides whether to go on
 CLOCK_STEP_NS = 10_000_000  # a clock that is set back by less was corrected, and did not jump
 
 
@@ -293,6 +294,8 @@ class Streamer:
         """Something that streaming needs failed."""
         self._pending = self._halt(refusal.code)
         self._phase = StreamState.STALLED
+        if refusal.code in DISABLING:
+            self._orders.enabled = False
         self._report(refusal)
 
     def _halt(self, reason: str) -> list[Output]:
