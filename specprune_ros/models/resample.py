@@ -10,7 +10,9 @@ against TensorFlow 2.15 on images of 17 sizes.
 from __future__ import annotations
 
 import ctypes
+import math
 import os
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -39,6 +41,7 @@ BLOCKS_PER_CONVERSION = 4  # of rows: more fall out of the cache, fewer convert 
 # threads that wait for each other inside a larger one made it 25 times slower.
 PRODUCT_SIZE = 2**18 if available_cpus() > 1 else 2**62
 UNSURE_SHARE = 1 / 16  # of values; beyond it, computing all of them in order is quicker
+_MEMORY = threading.local()
 TABLES = 32  # sizes whose tables are remembered
 
 
@@ -394,22 +397,37 @@ def resample(image: np.ndarray, rows: tuple[Block, ...], cols: tuple[Block, ...]
         [R, 3, C] float32; `interleaved` makes an image of it.
     """
     pixels = contiguous(image).reshape(len(image), -1)
-    tall = np.empty((rows[-1].targets.stop, pixels.shape[1]), F32)
+    tall = _scratch('tall', (rows[-1].targets.stop, pixels.shape[1]))
     for start in range(0, len(rows), BLOCKS_PER_CONVERSION):
         group = rows[start : start + BLOCKS_PER_CONVERSION]
         first, last = group[0].sources.start, max(block.sources.stop for block in group)
-        source = pixels[first:last].astype(F32)
+        source = _scratch('source', (last - first, pixels.shape[1]))
+        np.copyto(source, pixels[first:last])
         for block in group:
             shifted = slice(block.sources.start - first, block.sources.stop - first)
             for part in _parts(pixels.shape[1], block.weights.size):
                 np.matmul(block.weights, source[shifted, part], out=tall[block.targets, part])
-    planes = np.ascontiguousarray(tall.reshape(len(tall), -1, CHANNELS).transpose(0, 2, 1))
+    planes = _scratch('planes', (len(tall), CHANNELS, image.shape[1]))
+    np.copyto(planes, tall.reshape(len(tall), -1, CHANNELS).transpose(0, 2, 1))
     lines = planes.reshape(len(tall) * CHANNELS, -1)
     result = np.empty((len(lines), cols[-1].targets.stop), F32)
     for block in cols:
         for part in _parts(len(lines), block.weights.size):
             np.matmul(lines[part, block.sources], block.weights, out=result[part, block.targets])
     return result.reshape(-1, CHANNELS, result.shape[1])
+
+
+def _scratch(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Float32 memory of this thread, overwritten by the next call with the name.
+
+    Fresh arrays of this size come from the operating system page by page: up to 1 ms an image.
+    """
+    size = math.prod(shape)
+    memory = getattr(_MEMORY, name, None)
+    if memory is None or memory.size < size:
+        memory = np.empty(size, F32)
+        setattr(_MEMORY, name, memory)
+    return memory[:size].reshape(shape)
 
 
 def interleaved(planes: np.ndarray) -> np.ndarray:
