@@ -15,7 +15,6 @@ import numpy as np
 
 from specprune_ros.calibration.density import Bins, TwoModes, fit_modes, split_modes
 from specprune_ros.calibration.dip import dip_p_value, dip_statistic, sparse_stretch
-from specprune_ros.calibration.log_concave import fit_log_concave
 from specprune_ros.checks import executed_displacement
 from specprune_ros.config import RobotConfig
 from specprune_ros.errors import ObservationError
@@ -31,7 +30,7 @@ LEAST_LEVELS = 5  # different speeds; fewer are exact commands, more with ties a
 SIGNIFICANCE = 0.005  # of the dip: no sample of the unimodal null has as large a one
 DEEPEST = 0.7  # density in the valley over that of the lower peak; above it there is no valley
 SAME = 1e-9  # relative difference of speeds that are the same but for floating-point noise
-FARTHEST = 2.0  # log of how far beyond a limit its steps may have to lie
+AT_LIMIT = 0.9  # of the highest speed, if it repeats: a threshold above it parts what a limit cut
 RESAMPLES = 40
 
 
@@ -113,13 +112,10 @@ def find_valley(speeds: np.ndarray, seed: int = 0) -> SpeedValley:
     speeds = np.asarray(speeds, float)
     moving = speeds[speeds > REST * np.percentile(speeds, 95)] if len(speeds) else speeds
     seen = {'speeds': moving, 'at_rest': len(speeds) - len(moving)}
-    if len(moving) < LEAST_STEPS:
-        why = f'{len(moving)} executed steps in motion, needs {LEAST_STEPS}'
-        why = why if len(speeds) else 'no executed actions were recorded'
+    why = _too_few(speeds, moving)
+    if why:
         return SpeedValley(**seen, why_not=why)
-    if np.ptp(moving) <= 1e-9 * moving.max():
-        return SpeedValley(**seen, why_not='not bimodal: all speeds are the same')
-    spread = _without_ties(_without_limit(moving, seed), seed)
+    spread = _without_ties(moving, seed)
     bins = Bins.of(spread)
     index = bins.index(spread)
     counts = bins.count(index)
@@ -131,13 +127,13 @@ def find_valley(speeds: np.ndarray, seed: int = 0) -> SpeedValley:
         return SpeedValley(**seen, why_not=why)
     split = math.sqrt(math.prod(sparse_stretch(spread)))
     modes = fit_modes(bins, counts, split_modes(bins, counts, split))
-    seen |= {'density': modes.density, 'grid': bins.centers}
     seen |= {'peaks': modes.peaks, 'depth': modes.depth}
-    if modes.depth > DEEPEST:
-        why = 'not bimodal: no valley between two modes, or a shallow one'
+    seen |= {'density': modes.density, 'grid': bins.centers}
+    why = _why_not(modes, moving)
+    if why:
         return SpeedValley(**seen, why_not=why)
     found = _resampled(index, modes, seed)
-    ends = np.percentile(found, (2.5, 97.5)) if len(found) else (modes.threshold,) * 2
+    ends = np.percentile(found if len(found) else modes.threshold, (2.5, 97.5))
     return SpeedValley(
         **seen,
         why_not='',
@@ -147,27 +143,24 @@ def find_valley(speeds: np.ndarray, seed: int = 0) -> SpeedValley:
     )
 
 
-def _without_limit(speeds: np.ndarray, seed: int) -> np.ndarray:
-    """The speeds; where a limit has cut off a mode's tail, the steps at it lie beyond it.
+def _too_few(speeds: np.ndarray, moving: np.ndarray) -> str:
+    if not len(speeds):
+        return 'no executed actions were recorded'
+    if len(moving) < LEAST_STEPS:
+        return f'{len(moving)} executed steps in motion, needs {LEAST_STEPS}'
+    if np.ptp(moving) <= SAME * moving.max():
+        return 'not bimodal: all speeds are the same'
+    return ''
 
-    Else they would count as a mode of their own. They are one when they are more than the tail of
-    a log-concave mode can hold.
-    """
-    limited = speeds >= speeds.max() * (1 - SAME)
-    others, share = speeds[~limited], limited.mean()
-    if limited.sum() < 2 or len(np.unique(others)) < LEAST_LEVELS:
-        return speeds
-    bins = Bins.of(others)
-    at, counts = np.log(bins.centers), bins.count(bins.index(others))
-    density = np.log((1 - share) * fit_log_concave(at, bins.log_widths, counts)[-2:])
-    slope = np.diff(density)[0] / (at[-1] - at[-2])
-    there = math.exp(density[-1] + slope * (math.log(speeds.max()) - at[-1]))
-    if share * -slope > there:
-        return speeds
-    beyond = np.random.default_rng(seed).exponential(share / there, limited.sum())
-    spread = speeds.copy()
-    spread[limited] *= np.exp(np.minimum(beyond, FARTHEST))
-    return spread
+
+def _why_not(modes: TwoModes, speeds: np.ndarray) -> str:
+    if modes.depth > DEEPEST:
+        return 'not bimodal: no valley between two modes, or a shallow one'
+    limit = speeds.max()
+    repeats = (speeds >= limit * (1 - SAME)).sum() > 1
+    if repeats and modes.threshold > AT_LIMIT * limit:
+        return 'not bimodal: what is faster only is what a speed limit cut off'
+    return ''
 
 
 def _without_ties(speeds: np.ndarray, seed: int) -> np.ndarray:
