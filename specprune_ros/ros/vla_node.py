@@ -150,7 +150,8 @@ class VlaNode(LifecycleNode):
         try:
             config = self._settings.read()
             self._check_topics(config)
-            self._loading = LoadingThread(lambda: self._load(config))
+            load = self._load  # a thread that is given up must not hold the node, see process.py
+            self._loading = LoadingThread(lambda: load(config))
             policy = self._loading.wait(self._stop)
             self._set_up(config, policy)
         except SpecPruneError as error:
