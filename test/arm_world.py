@@ -179,6 +179,7 @@ class ArmWorld(Node):
         super().__init__(name, namespace=namespace)
         self.target = 'action_streamer'
         self.parameters = parameters
+        self.beside: list[Node] = []  # worlds that live on while this one waits
         self.lifecycle = LifecycleClient(self, self.target)
         self.joints = np.array([0.1, -0.2, 0.3])
         self.pose = np.array([0.4, 0.0, 0.3, 0.0, 0.0, 0.0, 1.0])
@@ -310,6 +311,8 @@ class ArmWorld(Node):
             if until():
                 return True
             rclpy.spin_once(self, timeout_sec=0.02)
+            for world in self.beside:
+                rclpy.spin_once(world, timeout_sec=0.0)
         return until()
 
     def start(self, *, enabled: bool = True) -> None:

@@ -584,8 +584,11 @@ def test_two_namespaces_do_not_hear_each_other():
     ):
         left.vla.row = right.vla.row = steady
         right.vla.streams = False
-        left.start()
-        right.start()
+        left.start(enabled=False)
+        right.start(enabled=False)
+        left.beside, right.beside = [right], [left]
+        left.enable()
+        right.enable()
         assert left.streams(5), left_process.output()
         right.run(0.5)
         assert not right.sent, right_process.output()
