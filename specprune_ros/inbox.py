@@ -46,16 +46,16 @@ def axis_angle(quaternion_xyzw: Sequence[float]) -> np.ndarray:
         quaternion_xyzw: [4], of norm 1.
 
     Returns:
-        [3] rad; zero where the sine of half the angle is zero.
+        [3] rad; zero where half the angle has no sine.
 
     Source: robosuite's quaternion-to-axis-angle conversion, used by LIBERO.
     """
     *vector, w = np.asarray(quaternion_xyzw, float)
-    cosine = min(max(w, -1.0), 1.0)
-    sine = math.sqrt(1.0 - cosine * cosine)
-    if sine == 0.0:
+    if abs(w) >= 1.0:
         return np.zeros(3)
-    return np.array(vector) * (2.0 * math.acos(cosine) / sine)
+    # Not from the cosine alone: near the identity it has no digits left.
+    sine = math.hypot(*vector)
+    return np.array(vector) * (2.0 * math.atan2(sine, w) / sine) if sine else np.zeros(3)
 
 
 class Inbox:

@@ -239,6 +239,8 @@ def test_rounded_quaternions_count_as_their_rotation(error):
         ((0, ROOT, 0, ROOT), (0, math.pi / 2, 0)),
         ((0, -ROOT, 0, -ROOT), (0, -3 * math.pi / 2, 0)),  # the same rotation, the long way
         ((0, 0, math.sin(0.05), math.cos(0.05)), (0, 0, 0.1)),
+        # Nearly a whole turn: the cosine has no digits left to tell the angle by.
+        ((0, 0, 3.81e-7, 7.3e-14 - 1), (0, 0, 2 * math.pi - 7.62e-7)),
     ],
 )
 def test_axis_angle(quaternion, expected):

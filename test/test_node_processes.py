@@ -24,7 +24,7 @@ from std_msgs.msg import String  # noqa: E402
 
 from specprune_ros.types import Mode  # noqa: E402
 
-pytestmark = [pytest.mark.ros, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.ros, pytest.mark.slow, pytest.mark.timeout(180)]
 
 
 context = domain_fixture(1)
@@ -62,23 +62,20 @@ def test_lifecycle_and_silence(world):
     [
         ({'pruning.alpha': 50.0}, ('pruning.alpha = 50.0', '[0.1, 2]'), ('pruning.alpha', 0.8)),
         ({'pruning.alhpa': 0.5}, ("did you mean 'pruning.alpha'",), None),
-        pytest.param(
+        (
             {'robot.camera_topics': ['a b', 'side']},
             ('robot.camera_topics', 'a b'),
             ('robot.camera_topics', ['a', 'side']),
-            marks=pytest.mark.slow,
         ),
-        pytest.param(
+        (
             {'model.name': 'huge'},
             ('model.name', 'huge', 'tiny'),
             ('model.name', 'tiny'),
-            marks=pytest.mark.slow,
         ),
-        pytest.param(
+        (
             {'robot.camera_names': list('abcde')},
             ('1 to 4 cameras',),
             ('robot.camera_names', ['wrist', 'side']),
-            marks=pytest.mark.slow,
         ),
     ],
 )
@@ -93,7 +90,6 @@ def test_bad_configuration_leaves_the_node_unconfigured(world, parameters, words
         assert process.stop()[0] == 0
 
 
-@pytest.mark.slow
 def test_compressed_cameras_from_a_replay(world):
     parameters = {
         'robot.camera_names': ['wrist', 'side', 'overhead'],
@@ -112,7 +108,6 @@ def test_compressed_cameras_from_a_replay(world):
         assert node.stop()[0] == 0
 
 
-@pytest.mark.slow
 def test_two_namespaces_do_not_hear_each_other():
     left, right = World('left', namespace='left'), World('right', namespace='right')
     left.streams.discard('wrist')
@@ -191,11 +186,11 @@ def test_unreadable_recording_is_reported_and_the_node_stays(
     ('state', 'number'),
     [
         ('active', signal.SIGTERM),
-        pytest.param('active', signal.SIGINT, marks=pytest.mark.slow),
-        pytest.param('inactive', signal.SIGINT, marks=pytest.mark.slow),
-        pytest.param('inactive', signal.SIGTERM, marks=pytest.mark.slow),
-        pytest.param('unconfigured', signal.SIGINT, marks=pytest.mark.slow),
-        pytest.param('unconfigured', signal.SIGTERM, marks=pytest.mark.slow),
+        ('active', signal.SIGINT),
+        ('inactive', signal.SIGINT),
+        ('inactive', signal.SIGTERM),
+        ('unconfigured', signal.SIGINT),
+        ('unconfigured', signal.SIGTERM),
     ],
 )
 def test_signals_end_the_node_in_time(world, number, state):
@@ -223,7 +218,6 @@ def test_signals_end_the_replay_in_time(number):
         assert seconds < STOP_S
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_fifty_starts_and_stops(world):
     """Nothing hangs: fifty processes, stopped by turns in each state and by each signal."""
