@@ -116,8 +116,11 @@ class Explanation:
             }
         )
 
-    def html(self) -> str:
+    def html(self, skipped: str = '') -> str:
         """The page.
+
+        Args:
+            skipped: which queries were left out, and why; empty when none was.
 
         Raises:
             ValueError: there is no query.
@@ -129,6 +132,7 @@ class Explanation:
             'recording': self._about.recording,
             'model': self._about.model,
             'method': first.method,
+            'skipped': skipped,
             'stand_in': STAND_IN_NOTE if first.stand_in else '',
             'environment': dict(self._about.environment),
             'settings': changed_settings(config),

@@ -31,6 +31,7 @@ from specprune_ros.config_files import from_mapping
 from specprune_ros.explain import (
     PICTURE_WIDTH,
     About,
+    Explanation,
     changed_settings,
     explain,
     jpeg,
@@ -550,7 +551,7 @@ def saved(tmp_path_factory) -> Path:
         {},
         {'mode': Mode.FINE, 'translation_speed': 0.1},
         {'mode': Mode.FALLBACK, 'fallback_reason': 'it broke', 'layer_confidence': np.zeros(0)},
-        {'guard_disagreement': 0.5},
+        {'guard_disagreement': 0.5, 'flops_share': 1.4},
     ]
     nothing = {
         'layer_index': np.zeros(0, np.uint32),
@@ -596,6 +597,34 @@ def test_slider_changes_the_picture(browser, saved):
     assert np.abs(browser.screenshot().astype(int) - shot).mean() > 1
     assert 'query 2 of 0–4' in browser.text('#where')
     assert browser.js('location.hash') == '#query=2'
+
+
+@in_browser
+@pytest.mark.slow
+def test_more_work_than_dense_fits_its_bar(browser, saved):
+    browser.open(saved, 4)
+    assert '40' in browser.text('#work')
+    assert 'more' in browser.text('#work')
+    widths = browser.js(
+        '[...document.querySelectorAll("#work-bar rect")].map((r) => +r.getAttribute("width"))'
+    )
+    assert widths[1] == pytest.approx(widths[0])
+    browser.open(saved, 1)
+    assert 'saved' in browser.text('#work')
+
+
+@in_browser
+@pytest.mark.slow
+@pytest.mark.parametrize('words', ['', 'skipped: cameras/side stale 3 x'])
+def test_page_says_what_was_skipped(browser, tmp_path, words):
+    explanation = Explanation(about())
+    explanation.add(make_report(0), make_view(0))
+    path = tmp_path / 'page.html'
+    path.write_text(explanation.html(words))
+    browser.open(path, 0)
+    assert browser.js('document.getElementById("skipped").hidden') == (not words)
+    if words:
+        assert 'side stale 3 x' in browser.text('#skipped')
 
 
 @in_browser

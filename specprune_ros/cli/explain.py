@@ -43,9 +43,11 @@ def run(arguments: argparse.Namespace) -> int:
             explanation.add(result.report, observation)
     finally:  # also what an interrupted run has so far
         if len(explanation):
-            write(arguments.out, explanation.html())
+            skipped = queries.skipped_words()
+            write(arguments.out, explanation.html(skipped))
             size = arguments.out.stat().st_size / 1e6
             console.print(f'{len(explanation)} queries, {size:.1f} MB: {arguments.out}')
+            console.print(skipped, style='yellow')
         elif not arguments.out.stat().st_size:
             arguments.out.unlink()
     if most and len(explanation) == most:

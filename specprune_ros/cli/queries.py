@@ -40,7 +40,7 @@ class Queries:
     Attributes:
         recording: the source.
         policy: fitted to the recording and warmed up.
-        skipped: why queries were skipped, so far.
+        skipped: why queries were skipped, so far, in order.
 
     Raises:
         RecordingError, ConfigError, CheckpointError, MissingDependencyError: it cannot begin.
@@ -53,7 +53,7 @@ class Queries:
         self._every = at_least('every', arguments.every, 0)
         self._console = console
         self.recording = recording_from(arguments)
-        self.skipped: list[str] = []
+        self.skipped: list[SpecPruneError] = []
         config = fit_robot(config_from(arguments), self.recording)
         used = config.robot.camera_names
         left_out = [name for name in self.recording.cameras if name not in used]
@@ -76,7 +76,13 @@ class Queries:
         total = self.recording.control_steps
         for outcome in track(steps, 'queries', total=total, console=self._console):
             if isinstance(outcome, SpecPruneError):
-                self.skipped.append(str(outcome))
+                self.skipped.append(outcome)
                 self._console.print(f'skipped: {outcome}', style='yellow')
             elif outcome is not None:
                 yield outcome
+
+    def skipped_words(self) -> str:
+        """How many queries were skipped, and why, in one line; empty when none was."""
+        from specprune_ros.offline import skipped_words
+
+        return skipped_words(self.skipped)

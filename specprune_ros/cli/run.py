@@ -30,7 +30,6 @@ def run(arguments: argparse.Namespace) -> int:
     queries = Queries(arguments, console)
     opacity = queries.policy.config.runtime.overlay_opacity
     log = RunLog(arguments.out, video=arguments.video)
-    log.skipped = queries.skipped
     try:
         for observation, result in queries:
             log.add(result.chunk, result.report)
@@ -39,6 +38,8 @@ def run(arguments: argparse.Namespace) -> int:
                 overlay = draw_overlay(image, result.report, name, opacity)
                 log.add_overlay(name, len(log.reports) - 1, overlay)
     finally:  # also what an interrupted run has so far
+        log.skipped = [str(error) for error in queries.skipped]
         console.print(log.finish())
+        console.print(queries.skipped_words())
         console.print(f'written to {arguments.out}')
     return 0
