@@ -67,7 +67,7 @@ FAULTS: dict[str, Fault] = {
     # 4xx pruning
     'pruning': Fault(401, 'pruning failed: the query ran dense'),
     'guard': Fault(402, 'the pruning guard relaxed pruning'),
-    # 5xx commands, in action_streamer
+    # 5xx commands, in action_streamer and sim_node
     'chunk_not_finite': Fault(501, 'a chunk with NaN or infinity: refused whole'),
     'chunk_shape': Fault(502, 'a chunk of another width or horizon: refused whole'),
     'chunk_names': Fault(503, "a chunk whose names or units are not the robot's: refused whole"),
@@ -87,6 +87,8 @@ FAULTS: dict[str, Fault] = {
     'task_ended': Fault(
         522, 'the task ended or another began while commands went out: safety output'
     ),
+    'command_width': Fault(531, 'a command with too few or too many numbers: ignored'),
+    'command_not_finite': Fault(532, 'a command that is not finite: ignored'),
     # 6xx the system
     'clock_jump': Fault(601, 'the clock went backwards: buffers are dropped'),
     'peer_gone': Fault(602, 'the node at the other end is gone'),
