@@ -27,6 +27,7 @@ from specprune_ros.calibration.folds import gain_of
 from specprune_ros.calibration.layers import config_layer, config_layers, search_layers
 from specprune_ros.calibration.log_concave import fit_log_concave
 from specprune_ros.calibration.noise import camera_noise, patch_power, proposed_tau
+from specprune_ros.calibration.power_normal import POWERS, PowerNormal
 from specprune_ros.calibration.proposal import (
     Proposal,
     k_proposals,
@@ -148,10 +149,14 @@ class Boundary:
     Any threshold with fewer than one step of the stream expected on its wrong side is right: the
     modes part in an empty gap. Else the one at which the densities are equal is, and the one at
     which their sum is lowest.
+
+    Attributes:
+        lowest: speed between the peaks at which the density is lowest.
+        depth: the density there over that of the lower peak.
     """
 
     def __init__(self, stream: Stream):
-        self._gap, self._points, self.depth = None, (), 1.0
+        self._gap, self._points, self.depth, self.lowest = None, (), 1.0, math.nan
         slow, fast = (mode.density(GRID) for mode in (stream.slow, stream.fast))
         widths = np.diff(GRID, prepend=0)
         slow, fast = (
@@ -172,6 +177,7 @@ class Boundary:
             crossing = max(np.flatnonzero(is_slow)[-1] - 1, 0)
             lowest = int(both.argmin())
             self._points = GRID[between][[crossing, lowest]]
+            self.lowest = GRID[between][lowest]
             self.depth = both[lowest] / min(both[: lowest + 1].max(), both[lowest:].max())
 
     @property
@@ -295,6 +301,39 @@ def test_threshold_of_streams_of_all_kinds(kind, few_resamples):
     assert np.mean(np.array(errors) <= RIGHT) >= least_right
     assert np.median(errors) <= 0.03
     assert np.quantile(lost, 0.9) <= 0.03
+
+
+def draw_smooth(seed: int) -> Stream:
+    """A stream of two normal, gamma or log-normal modes with a deep valley."""
+    random = np.random.default_rng([seed, 11])
+    while True:
+        kinds = random.choice(('normal', 'log normal', 'gamma'), 2)
+        slow, fast = 0.8 / random.uniform(2.5, 10), 0.8
+        stream = Stream(
+            slow=Mode(kinds[0], slow, random.uniform(0.15, 0.45)),
+            fast=Mode(kinds[1], fast, random.uniform(0.1, 0.35)),
+            share=random.uniform(0.3, 0.7),
+            steps=1000,
+            seed=seed,
+        )
+        if Boundary(stream).depth < 0.4:
+            return stream
+
+
+def test_valley_is_where_the_density_is_lowest(monkeypatch):
+    """Also in a gap of the sample, of whose middle this is far."""
+    monkeypatch.setattr(thresholds, 'RESAMPLES', 1)
+    monkeypatch.setattr(thresholds, 'dip_p_value', lambda *_: 0.0)  # slow, and tested elsewhere
+    streams = [draw_smooth(seed) for seed in range(40)]
+    errors = [find_valley(s.speeds()).valley / Boundary(s).lowest - 1 for s in streams]
+    assert np.sum(np.abs(errors) <= RIGHT) >= 36
+
+
+def test_valley_of_hard_edges_is_the_middle_of_the_gap(few_resamples):
+    """Even modes say nothing about the gap between."""
+    random = np.random.default_rng(0)
+    speeds = np.concatenate((random.uniform(0.1, 0.2, 1000), random.uniform(0.5, 0.8, 1000)))
+    assert find_valley(random.permutation(speeds)).valley == pytest.approx(0.316, rel=0.02)
 
 
 def mixed(share: float, one, other):
@@ -460,10 +499,55 @@ def test_threshold_lies_in_the_middle_of_an_empty_gap():
     assert modes.peaks[0] < 0.2 < 0.8 < modes.peaks[1]
 
 
-def test_threshold_leaves_the_fewest_on_the_wrong_side():
-    """Where modes overlap, the denser one keeps the overlap."""
-    modes = two_modes((0.1, 0.5), (0.4, 0.5001))
-    assert modes.threshold == pytest.approx(0.4, rel=0.01)
+def test_threshold_is_where_the_sum_of_both_densities_is_lowest():
+    """Slow motion falls to 0.5, where fast motion is denser already, and rises more slowly."""
+    bins = Bins(np.linspace(0.01, 1.01, 1001))
+    at = bins.centers
+    slow = np.where(at > 0.1, np.maximum(0.5 - at, 0), 0)
+    fast = np.where(at < 0.9, np.maximum(at - 0.3, 0), 0) / 2
+    mass = np.stack((slow, fast, np.zeros(1000)))
+    modes = TwoModes(bins, mass / mass.sum(), 1000)
+    assert modes.threshold == pytest.approx(0.5, rel=0.01)
+    assert modes.peaks == pytest.approx((0.1, 0.9), rel=0.02)
+    assert modes.depth == pytest.approx(0.1 / 0.3, rel=0.05)
+
+
+def test_an_empty_mode_is_no_valley():
+    modes = two_modes((0.1, 0.2), (0.8, 0.8))
+    assert modes.depth == 1
+
+
+POWER_NORMALS = st.builds(
+    lambda power, median, width: PowerNormal(power, *power_moments(power, median, width)),
+    st.sampled_from(POWERS), st.floats(0.05, 2), st.floats(0.01, 0.3),
+)  # fmt: skip
+
+
+def power_moments(power: float, median: float, width: float) -> tuple[float, float]:
+    """Mean and spread of the power of speeds whose spread is about `width` of their median."""
+    return (median**power, power * width * median**power) if power else (math.log(median), width)
+
+
+@settings(deadline=None, max_examples=30)
+@given(POWER_NORMALS)
+def test_mass_of_a_mode_is_that_of_its_density(mode):
+    edges = np.linspace(0.2, 5, 2001) * mode.quantile(0)
+    centers, mass = (edges[1:] + edges[:-1]) / 2, mode.mass(edges)
+    assert mass.sum() == pytest.approx(1)
+    assert mass[centers < mode.quantile(0)].sum() == pytest.approx(0.5, abs=0.1)
+    between = slice(1, -1)
+    density = np.exp(mode.log_density(centers[between]))
+    np.testing.assert_allclose(mass[between], density * np.diff(edges)[between], atol=1e-3)
+
+
+@settings(deadline=None, max_examples=20)
+@given(POWER_NORMALS, st.integers(0, 99))
+def test_mode_is_found_from_its_speeds(mode, seed):
+    spreads = np.random.default_rng(seed).normal(size=1000)
+    speeds = np.sort([mode.quantile(each) for each in spreads.clip(-3, 3)])
+    found = PowerNormal.of(mode.power, speeds, np.ones(1000))
+    assert found.mean == pytest.approx(mode.mean, abs=0.15 * mode.spread)
+    assert found.spread == pytest.approx(mode.spread, rel=0.1)
 
 
 def test_motion_is_the_controllers():

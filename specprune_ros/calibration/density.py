@@ -15,8 +15,9 @@ LEAST_SPREAD = 1e-3  # of a mode to start from, where all its speeds are the sam
 ODD_SHARE = 0.02  # of the steps that belong to neither mode, to start from
 ENOUGH = 1e-2  # gain in log-likelihood of one iteration, below which EM has arrived
 MOST_ITERATIONS = 60
-# Misassigned steps by which two thresholds can be told apart, so that in an empty gap none can.
+# Steps that a gap is expected to hold where its density counts as level.
 ALIKE = 0.02
+LEVEL = 1e-9  # difference of log-densities that are the same
 
 
 @dataclass(frozen=True)
@@ -82,45 +83,53 @@ class TwoModes:
         return self.mass[:2] / self.bins.widths
 
     @cached_property
+    def curve(self) -> tuple[np.ndarray, np.ndarray]:
+        """[P] speeds, ascending, and [2, P] log-density of the modes there, per unit of speed."""
+        with np.errstate(divide='ignore'):
+            return self.bins.centers, np.log(self.density)
+
+    @property
+    def level(self) -> float:
+        """Log-density from which on down a shape that follows the sample says nothing."""
+        return math.log(ALIKE / self.steps / float(np.ptp(self.bins.edges)))
+
+    @property
     def threshold(self) -> float:
-        """The speed that leaves the fewest steps on the wrong side.
+        """The speed at which the density is lowest between the peaks.
 
-        There the densities are equal; where they are both empty, the geometric middle.
+        Where it is level, the geometric middle.
+
+        Source: section 6.2, Fig. 6.
         """
-        slow, fast = self.mass[:2]
-        wrong = np.pad(np.cumsum(fast), (1, 0)) + np.pad(np.cumsum(slow[::-1])[::-1], (0, 1))
-        first, last = self._medians
-        wrong[:first], wrong[last + 2 :] = math.inf, math.inf
-        best = int(wrong.argmin())
-        alike = wrong <= wrong[best] + ALIKE / self.steps
-        low = best - int(np.argmin(np.append(alike[best::-1], False))) + 1
-        high = best + int(np.argmin(np.append(alike[best:], False))) - 1
-        return math.sqrt(self.bins.edges[low] * self.bins.edges[high])
+        return self._valley[0]
 
-    @cached_property
+    @property
     def peaks(self) -> tuple[float, float]:
-        """Speeds of the highest density on either side of the threshold."""
+        """Speeds of the highest density of either mode, ascending."""
+        speeds, _ = self.curve
         low, high = self._peaks
-        return float(self.bins.centers[low]), float(self.bins.centers[high])
+        return float(speeds[low]), float(speeds[high])
 
-    @cached_property
+    @property
     def depth(self) -> float:
         """The least density between the peaks over that of the lower peak; 1 without a valley."""
-        density = self.density.sum(axis=0)
+        return self._valley[1]
+
+    @cached_property
+    def _valley(self) -> tuple[float, float]:
+        speeds, parts = self.curve
         low, high = self._peaks
-        return float(density[low : high + 1].min() / min(density[low], density[high]))
+        both = np.logaddexp(*parts)[low : high + 1]
+        lowest = np.flatnonzero(both <= max(both.min(), self.level) + LEVEL)
+        first, last = lowest[0], lowest[-1]
+        lower = min(both[: first + 1].max(), both[last:].max())
+        middle = math.sqrt(speeds[low + first] * speeds[low + last])
+        return middle, math.exp(both.min() - lower) if lower > self.level else 1.0
 
-    @property
+    @cached_property
     def _peaks(self) -> tuple[int, int]:
-        density = self.density.sum(axis=0)
-        split = int(np.clip(self.bins.index(np.array(self.threshold)), 1, len(density) - 1))
-        return int(density[:split].argmax()), split + int(density[split:].argmax())
-
-    @property
-    def _medians(self) -> tuple[int, int]:
-        """Bins of the modes' medians, ascending."""
-        shares = np.cumsum(self.mass[:2], axis=1)
-        low, high = np.sort((shares < shares[:, -1:] / 2).sum(axis=1))
+        _, parts = self.curve
+        low, high = np.sort(parts.argmax(axis=1))
         return int(low), int(high)
 
 
@@ -143,7 +152,7 @@ def split_modes(bins: Bins, counts: np.ndarray, split: float) -> np.ndarray:
         density = np.exp(-0.5 * ((at - mean) / spread) ** 2) / spread / math.sqrt(2 * math.pi)
         widths = np.diff(np.sqrt(bins.edges))
         mass[mode] = weights.sum() / counts.sum() * (1 - ODD_SHARE) * density * widths
-    mass[2] = ODD_SHARE * _even(bins)
+    mass[2] = ODD_SHARE * even_mass(bins)
     return mass / mass.sum(axis=0)
 
 
@@ -157,7 +166,7 @@ def fit_modes(bins: Bins, counts: np.ndarray, shares: np.ndarray) -> TwoModes:
 
     Source: Chang and Walther, Clustering with mixtures of log-concave distributions (2007).
     """
-    at, steps, even, last = np.log(bins.centers), counts.sum(), _even(bins), -math.inf
+    at, steps, even, last = np.log(bins.centers), counts.sum(), even_mass(bins), -math.inf
     mass = shares * (counts / steps)
     for _ in range(MOST_ITERATIONS):
         weights = shares * (counts / steps)
@@ -175,6 +184,6 @@ def fit_modes(bins: Bins, counts: np.ndarray, shares: np.ndarray) -> TwoModes:
     return TwoModes(bins, mass, steps)
 
 
-def _even(bins: Bins) -> np.ndarray:
+def even_mass(bins: Bins) -> np.ndarray:
     """[K] share of the bins in an even spread over all speeds."""
     return bins.widths / bins.widths.sum()

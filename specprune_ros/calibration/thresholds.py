@@ -1,20 +1,21 @@
 """Fine and coarse motion told apart by the threshold between their executed speeds.
 
 SpecPrune-VLA (section 6.2, Fig. 6, A.1.3) reads v_t^th and v_r^th off bimodal histograms by eye.
-Here Hartigan's dip says whether one mode explains the speeds, two log-concave modes say where they
-part, and resampled runs of steps say how sure that is.
+Here Hartigan's dip says whether one mode explains the speeds, two modes say where the density is
+lowest, and resampled runs of steps say how sure that is.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
 
 from specprune_ros.calibration.density import Bins, TwoModes, fit_modes, split_modes
 from specprune_ros.calibration.dip import dip_p_value, dip_statistic, sparse_stretch
+from specprune_ros.calibration.power_normal import fit_power_normals
 from specprune_ros.checks import executed_displacement
 from specprune_ros.config import RobotConfig
 from specprune_ros.errors import ObservationError
@@ -33,6 +34,8 @@ SAME = 1e-9  # relative difference of speeds that are the same but for floating-
 AT_LIMIT = 0.9  # of the highest speed, if it repeats: a threshold above it parts what a limit cut
 RESAMPLES = 40
 
+Fit = Callable[[Bins, np.ndarray, np.ndarray], TwoModes]
+
 
 @dataclass(frozen=True, kw_only=True)
 class SpeedValley:
@@ -42,8 +45,8 @@ class SpeedValley:
         speeds: [n] executed speeds in motion, in order.
         at_rest: executed steps that stood still; left out.
         why_not: why there is no valley; empty when there is one.
-        valley: the threshold, in the unit of the speeds: it leaves the fewest steps on the wrong
-            side.
+        valley: the threshold, in the unit of the speeds: where their density is lowest between
+            the peaks.
         interval: 95 % of the thresholds of resampled blocks of steps.
         found_share: share of the resamples that have a valley at all.
         peaks: speeds of the slow and the fast mode.
@@ -126,13 +129,13 @@ def find_valley(speeds: np.ndarray, seed: int = 0) -> SpeedValley:
         why = f'not bimodal: one mode explains the speeds (dip test, p {p_value:.2f})'
         return SpeedValley(**seen, why_not=why)
     split = math.sqrt(math.prod(sparse_stretch(spread)))
-    modes = fit_modes(bins, counts, split_modes(bins, counts, split))
+    modes, fit = _two_modes(bins, counts, split)
     seen |= {'peaks': modes.peaks, 'depth': modes.depth}
     seen |= {'density': modes.density, 'grid': bins.centers}
     why = _why_not(modes, moving)
     if why:
         return SpeedValley(**seen, why_not=why)
-    found = _resampled(index, modes, seed)
+    found = _resampled(index, modes, fit, seed)
     ends = np.percentile(found if len(found) else modes.threshold, (2.5, 97.5))
     return SpeedValley(
         **seen,
@@ -151,6 +154,19 @@ def _too_few(speeds: np.ndarray, moving: np.ndarray) -> str:
     if np.ptp(moving) <= SAME * moving.max():
         return 'not bimodal: all speeds are the same'
     return ''
+
+
+def _two_modes(bins: Bins, counts: np.ndarray, split: float) -> tuple[TwoModes, Fit]:
+    """The modes of steps [K] in the bins, parted by a speed to start from, and what fits them.
+
+    Normal, gamma and log-normal modes know how empty a gap is where there is no step; log-concave
+    ones are for speeds that are unlike these.
+    """
+    shares = split_modes(bins, counts, split)
+    modes = fit_power_normals(bins, counts, shares)
+    if not modes.refuted_by(counts):
+        return modes, fit_power_normals
+    return fit_modes(bins, counts, shares), fit_modes
 
 
 def _why_not(modes: TwoModes, speeds: np.ndarray) -> str:
@@ -179,7 +195,7 @@ def _without_ties(speeds: np.ndarray, seed: int) -> np.ndarray:
     return speeds + speeds.max() * reach[level_of] * shifts
 
 
-def _resampled(index: np.ndarray, modes: TwoModes, seed: int) -> np.ndarray:
+def _resampled(index: np.ndarray, modes: TwoModes, fit: Fit, seed: int) -> np.ndarray:
     """Thresholds of those of RESAMPLES that have a valley.
 
     Blocks of steps are drawn, not steps: neighbours belong to one phase of the motion, and say
@@ -188,6 +204,7 @@ def _resampled(index: np.ndarray, modes: TwoModes, seed: int) -> np.ndarray:
     Args:
         index: [n] the steps' bins, in order.
         modes: of all steps.
+        fit: what fits modes of the same kind.
         seed: of the resampling.
     """
     random = np.random.default_rng(seed)
@@ -195,5 +212,5 @@ def _resampled(index: np.ndarray, modes: TwoModes, seed: int) -> np.ndarray:
     starts = random.integers(0, steps, (RESAMPLES, math.ceil(steps / block), 1))
     rows = ((starts + np.arange(block)) % steps).reshape(RESAMPLES, -1)[:, :steps]
     shares = modes.mass / np.maximum(modes.mass.sum(axis=0), np.finfo(float).tiny)
-    fits = (fit_modes(modes.bins, modes.bins.count(index[row]), shares) for row in rows)
-    return np.array([fit.threshold for fit in fits if fit.depth <= DEEPEST])
+    fits = (fit(modes.bins, modes.bins.count(index[row]), shares) for row in rows)
+    return np.array([each.threshold for each in fits if each.depth <= DEEPEST])
