@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,17 +26,21 @@ class FormError:
 
 
 def form_error(
-    policy: Policy, reference: Policy, observations: Iterable[Observation]
+    policy: Policy,
+    reference: Policy,
+    observations: Iterable[Observation],
+    after: Callable[[Policy, Observation, int], object] = lambda policy, observation, query: None,
 ) -> FormError:
     """Ask two policies the same, from a reset on, and compare.
 
-    Nobody executes anything between the queries, so both prune in fine mode; what differs is the
-    form's arithmetic, and the tokens that it makes one keep and the other not.
+    What differs is the form's arithmetic, and the tokens that it makes one keep and the other not.
 
     Args:
         policy: in the form in question.
         reference: over the same weights.
         observations: one episode's, at least one.
+        after: told each policy, observation and 0-based query once it is answered, to execute
+            something; where nobody does, both policies prune in fine mode.
 
     Raises:
         ObservationError, ActionError: see Policy.infer.
@@ -44,10 +48,12 @@ def form_error(
     """
     policy.reset()
     reference.reset()
-    differences = [
-        np.abs(policy.infer(one).chunk.normalized - reference.infer(one).chunk.normalized)
-        for one in observations
-    ]
+    differences = []
+    for query, one in enumerate(observations):
+        got, expected = (each.infer(one).chunk.normalized for each in (policy, reference))
+        differences.append(np.abs(got - expected))
+        for each in (policy, reference):
+            after(each, one, query)
     if not differences:
         raise ValueError('no observation to compare at')
     every = np.stack(differences)

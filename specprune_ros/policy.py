@@ -276,7 +276,10 @@ class Policy:
             kind, query.record, inputs, plain=lambda inputs: query.run(inputs, clock)
         )
         clock.lap('graph')
-        return replace(outcome, guard=replace(query.guard, overdue=False))
+        outcome = replace(outcome, guard=replace(query.guard, overdue=False))
+        if query.context.query == 0:  # before the robot moves
+            query.record_ahead(self.graphs, inputs, outcome)
+        return outcome
 
     def _report_copy(self, trace: PruneTrace) -> HostCopy[PruneTrace]:
         """The trace on its way to the host, behind the actions; recall in double precision."""

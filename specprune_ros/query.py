@@ -20,6 +20,7 @@ from specprune_ros.passes import Outcome, QueryPasses
 from specprune_ros.pruning.base import PruneMethod, QueryContext
 from specprune_ros.pruning.guard import GuardState, checks_now
 from specprune_ros.pruning.scores import patch_similarity
+from specprune_ros.query_graph import QueryGraphs
 from specprune_ros.timing import NoClock, StageClock
 
 
@@ -92,6 +93,28 @@ class Query:
         }
         why = next((reason for reason, holds in obstacles.items() if holds), '')
         return why, (key, self.config.keep_floor)
+
+    def record_ahead(self, graphs: QueryGraphs, inputs: QueryInputs, outcome: Outcome) -> None:
+        """Record the kinds of query that follow an episode's first one, in either mode.
+
+        They differ from former tasks' by the length of the prompt, and recording them takes about
+        as long as four queries each: better before the robot moves than in its motion.
+
+        Args:
+            graphs: where they are kept; nothing is done for kinds that it has.
+            inputs: of the first query.
+            outcome: likewise.
+        """
+        compares = self.method.reference_age(0.0, 1) > 0
+        given = replace(
+            inputs, reference=inputs.pixels if compares else None, memory=outcome.done.memory
+        )
+        for fine in (True, False):
+            context = replace(self.context, fine=fine, query=self.context.query + 1)
+            ahead = replace(self, context=context, guard=outcome.guard)
+            why, kind = ahead.kind(given)
+            if not why:
+                graphs.prepare(kind, ahead.record, given)
 
     @property
     def _guarded(self) -> bool:

@@ -18,6 +18,7 @@ import torch
 from specprune_ros.tensor_tree import map_tensors, signature, tensors
 
 GRAPHS = 16  # kinds of query that stay recorded; each holds its results' memory
+TRIES, REST = 3, 100  # a kind that fails is tried again, so often, after so many queries eagerly
 LOG = logging.getLogger(__name__)
 
 Inputs, Result = TypeVar('Inputs'), TypeVar('Result')
@@ -52,10 +53,11 @@ class CudaRecorder:
         """See Recorder."""
         current = torch.cuda.current_stream()
         self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
-            result = work()
-        current.wait_stream(self._stream)
-        return result
+        try:
+            with torch.cuda.stream(self._stream):
+                return work()
+        finally:  # what failed may have queued work on the inputs
+            current.wait_stream(self._stream)
 
     def record(self, work: Callable[[], Result]) -> tuple[Callable[[], None], Result]:
         """See Recorder."""
@@ -78,6 +80,14 @@ class _Recording:
     result: object
 
 
+@dataclass(eq=False)
+class _Failed:
+    """A kind that could not be recorded: how often, and queries until it is tried again."""
+
+    times: int
+    rest: int = REST
+
+
 class QueryGraphs:
     """Runs functions of tensors, recorded from the second time on.
 
@@ -92,7 +102,7 @@ class QueryGraphs:
     def __init__(self, recorder: Recorder, limit: int = GRAPHS):
         self._recorder = recorder
         self._limit = limit
-        self._recordings: OrderedDict[Hashable, _Recording | None] = OrderedDict()
+        self._recordings: OrderedDict[Hashable, _Recording | _Failed] = OrderedDict()
         self._said: set[str] = set()
         self.replays = 0
 
@@ -111,7 +121,7 @@ class QueryGraphs:
             kind: whatever decides the function's course, beside the inputs' signature.
             function: of `inputs` alone; may be another object each time.
             inputs: see tensor_tree.
-            plain: runs instead, from the first time on, where recording fails.
+            plain: runs instead where recording fails, which may pass: out of memory, say.
 
         Returns:
             Its own tensors, which no later run touches.
@@ -121,11 +131,10 @@ class QueryGraphs:
         except TypeError as error:
             self.eager(str(error))
             return plain(inputs)
-        if key not in self._recordings:
-            return self._first(key, function, inputs, plain)
-        recording = self._recordings[key]
-        if recording is None:
-            return plain(inputs)
+        recording = self._recordings.get(key)
+        if not isinstance(recording, _Recording):
+            recorded = self._due(key) and self._recorded(key, function, inputs)
+            return map_tensors(torch.clone, recorded[0]) if recorded else plain(inputs)
         self._recordings.move_to_end(key)
         for static, fresh in zip(tensors(recording.inputs), tensors(inputs), strict=True):
             static.copy_(fresh)
@@ -139,14 +148,33 @@ class QueryGraphs:
             self._said.add(why)
             LOG.info('queries run without a CUDA graph: %s', why)
 
-    def _first(
-        self,
-        key: Hashable,
-        function: Callable[[Inputs], Result],
-        inputs: Inputs,
-        plain: Callable[[Inputs], Result],
-    ) -> Result:
+    def prepare(
+        self, kind: Hashable, function: Callable[[Inputs], Result], inputs: Inputs
+    ) -> None:
+        """Record a kind before it is needed; nothing where it is recorded, or failed.
+
+        Args:
+            kind, function: as for `run`.
+            inputs: of the right shapes, whatever their numbers.
+        """
+        key = kind, signature(inputs)
+        if key not in self._recordings:
+            self._recorded(key, function, inputs)
+
+    def _due(self, key: Hashable) -> bool:
+        """Whether a kind that is not recorded may be tried now."""
+        failed = self._recordings.get(key)
+        if failed is None:
+            return True
+        failed.rest -= 1
+        return failed.rest < 0 and failed.times < TRIES
+
+    def _recorded(
+        self, key: Hashable, function: Callable[[Inputs], Result], inputs: Inputs
+    ) -> tuple[Result] | None:
+        """Record, and the rehearsal's result; None where that failed."""
         static = map_tensors(torch.clone, inputs)
+        failed = self._recordings.pop(key, None)
         if len(self._recordings) >= self._limit:
             self._recordings.popitem(last=False)
         try:
@@ -154,8 +182,8 @@ class QueryGraphs:
             tensors(result)  # a result in which some could hide would go stale
             replay, held = self._recorder.record(lambda: function(static))
         except Exception as error:  # a recording costs speed at worst, never the action
-            self._recordings[key] = None
+            self._recordings[key] = _Failed(1 + (failed.times if failed else 0))
             self.eager(f'{type(error).__name__}: {error}')
-            return plain(inputs)
+            return None
         self._recordings[key] = _Recording(static, replay, held)
-        return result
+        return (result,)

@@ -21,6 +21,7 @@ from openvla_world import (
     outputs,
 )
 from test_decoder import LAYOUT, SIZES, KeepAt, context, make_model
+from test_graph import Stream
 
 from specprune_ros.config import ModelConfig, PolicyConfig
 from specprune_ros.errors import ConfigError, MissingDependencyError
@@ -160,6 +161,16 @@ def test_forms_that_a_cpu_has_prune_alike():
             np.testing.assert_array_equal(getattr(got, name), getattr(expected, name), form)
 
 
+def test_form_error_can_have_something_executed_between_its_queries():
+    policy = make_policy(runtime__warm_up_queries=0)
+    told = []
+    form_error(
+        in_form(policy, 'sdpa'), policy, [make_observation(0), make_observation(8)],
+        after=lambda which, observation, query: told.append((which is policy, query)),
+    )  # fmt: skip
+    assert told == [(False, 0), (True, 0), (False, 1), (True, 1)]
+
+
 def test_form_error_is_nought_for_the_same_form_and_tells_another_one():
     policy = make_policy(runtime__warm_up_queries=0)
     rounded = make_policy(runtime__warm_up_queries=0, model__dtype='bfloat16')
@@ -225,22 +236,6 @@ def test_stand_in_computes_in_the_configured_number_format():
     assert 1e-4 < np.abs(got - expected).max() < 0.2
 
 
-class Stream:
-    """Of CUDA, as far as vision_features needs it; notes what waits for what."""
-
-    def __init__(self, name: str, log: list[str]):
-        self.name, self.log = name, log
-
-    def wait_stream(self, other: Stream) -> None:
-        self.log.append(f'{self.name} waits for {other.name}')
-
-    def __enter__(self):
-        self.log.append(f'on {self.name}')
-
-    def __exit__(self, *error):
-        self.log.append(f'off {self.name}')
-
-
 @torch.inference_mode()
 def test_towers_on_two_streams_meet_before_their_features_do(monkeypatch):
     model = make_policy(runtime__warm_up_queries=0).model
@@ -253,6 +248,17 @@ def test_towers_on_two_streams_meet_before_their_features_do(monkeypatch):
     got = vision_features(backbone, pixels, None, side)
     assert log == ['side waits for current', 'on side', 'off side', 'current waits for side']
     assert torch.equal(got, backbone(pixels))
+
+
+def test_towers_meet_though_one_of_them_fails(monkeypatch):
+    log: list[str] = []
+    current, side = Stream('current', log), Stream('side', log)
+    monkeypatch.setattr(torch.cuda, 'current_stream', lambda: current)
+    monkeypatch.setattr(torch.cuda, 'stream', lambda stream: stream)
+    backbone = make_policy(runtime__warm_up_queries=0).model.parts.vision_backbone
+    with pytest.raises(RuntimeError):
+        vision_features(backbone, torch.zeros(1, 28, 28, 3, dtype=torch.uint8), None, side)
+    assert log[-1] == 'current waits for side'
 
 
 # Published models -----------------------------------------------------------------------------

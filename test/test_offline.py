@@ -571,16 +571,19 @@ def test_bench_writes_rows(tmp_path, capsys):
     assert {row['method'] for row in rows} == {'none', 'specprune'}
     forms = {(row['method'], row['form']) for row in rows}
     assert len(forms) >= 3
-    stages = {'preprocess', 'embed', 'decode', 'act', 'total'}
+    stages = {'preprocess', 'vision', 'projector', 'decoder', 'head', 'total'}
     for form in forms:
         mine = [row for row in rows if (row['method'], row['form']) == form]
-        assert {row['stage'] for row in mine} == stages
-        assert len(mine) == len(stages)
+        found = {row['stage'] for row in mine}
+        pruned = {'scores', 'selection'} if form[0] == 'specprune' else set()
+        assert found == stages | pruned
+        assert len(mine) == len(found)
     for row in rows:
         assert row['cameras'] == 1
         for key in ('median_ms', 'p95_ms', 'ratio_to_dense_sdpa'):
             assert math.isfinite(row[key])
-            assert row[key] > 0
+            # Of what the dense model does not do at all, the ratio is 0.
+            assert row[key] > 0 or row['stage'] in ('scores', 'selection')
         assert row['p95_ms'] >= row['median_ms']
         assert row['torch']
         assert row['hardware']

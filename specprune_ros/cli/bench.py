@@ -1,16 +1,16 @@
 """Time dense and pruned inference, interleaved in one run.
 
 End to end from uint8 images on the host to actions on the host, coarse and fine mode mixed 1:1.
-Times are in ms; dense/this is dense time over this variant's, so 2 is twice as fast. The model is
-the stand-in models/tiny unless --params says otherwise.
+Times are in ms; dense/this is the time of the dense model with fused attention (form sdpa) over
+this one's, so 2 is twice as fast. The floor is the least time by what the machine was seen to do
+at best: matrix products at the model's own shapes, and copies. The model is the stand-in
+models/tiny unless --params says otherwise.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
-import json
 from pathlib import Path
 
 from specprune_ros.cli.options import add_config_arguments, at_least, config_from
@@ -18,11 +18,15 @@ from specprune_ros.config import PolicyConfig
 from specprune_ros.errors import ConfigError, SpecPruneError
 
 EXAMPLE = """
-example, two cameras, with every row in a file:
+examples:
   specprune bench --params models/shrunk_7b --cameras 2 --repeats 60 --json rows.json
+  specprune bench --params models/shrunk_7b --work --csv work.csv --plot work.png
+  specprune bench --forms sdpa fused compile int8      # with what they do to the actions
 """
 MODEL_SIDE = 224
-CAMERAS, REPEATS = (1, 2, 3), 30
+REPEATS = 30
+CAMERAS, WORK_CAMERAS = (1, 2, 3), (1, 2, 3, 4)
+FORMS_SHOWN = ('eager', 'sdpa', 'fused', 'graph')
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,17 +35,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EXAMPLE
     add_config_arguments(parser)
     parser.add_argument(
-        '--cameras', type=int, nargs='+', default=CAMERAS, choices=range(1, 5), metavar='N',
-        help='numbers of cameras, 1 to 4; one table row each per variant and stage '
-        f'(default {" ".join(map(str, CAMERAS))})',
+        '--cameras', type=int, nargs='+', choices=range(1, 5), metavar='N',
+        help='numbers of cameras, 1 to 4; all variants and stages for each '
+        f'(default {" ".join(map(str, CAMERAS))}; with --work 1 to 4)',
     )  # fmt: skip
     parser.add_argument(
         '--repeats', type=int, default=REPEATS, metavar='N',
         help='queries per variant (default %(default)s)',
     )  # fmt: skip
     parser.add_argument(
+        '--methods', nargs='+', metavar='NAME',
+        help='pruning methods beside the dense model (default: the configured one)',
+    )  # fmt: skip
+    parser.add_argument(
+        '--forms', nargs='+', metavar='NAME',
+        help='forms of the decoder, of eager, sdpa, fused, graph, compile, int8, fp8; the last '
+        'three and graph with their error in the actions; what the machine cannot run is left '
+        f'out with a line (default {" ".join(FORMS_SHOWN)}; with --work one, fused)',
+    )  # fmt: skip
+    parser.add_argument(
         '--breakdown', action='store_true',
         help='also what every part of pruning costs, in ms and %% of dense (default: no)',
+    )  # fmt: skip
+    parser.add_argument(
+        '--profile', action='store_true',
+        help='also operators, kernel launches, waits and copies per query, by a profiler '
+        '(default: no)',
+    )  # fmt: skip
+    parser.add_argument(
+        '--work', action='store_true',
+        help='instead: time against 64 to 576 patches per camera and alpha 0.4 to 1.0, of a '
+        'stand-in (default: no)',
+    )  # fmt: skip
+    parser.add_argument(
+        '--patches', type=int, nargs='+', metavar='N',
+        help='with --work: patches per camera, squares (default 64 144 256 400 576)',
     )  # fmt: skip
     parser.add_argument(
         '--preprocessing', metavar='RECORDING',
@@ -54,49 +82,108 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--json', type=Path, metavar='FILE', help='likewise, as a list (default: nowhere)'
     )
+    parser.add_argument(
+        '--plot', type=Path, metavar='FILE', help='a picture, png or svg (default: nowhere)'
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
-    from specprune_ros.bench import latency
-    from specprune_ros.models import pick_device
-
     config = config_from(arguments)
     if arguments.preprocessing:
         return compare_preprocessing(config, arguments.preprocessing)
-    repeats = at_least('repeats', arguments.repeats, 1)
-    for path in filter(None, (arguments.json, arguments.csv)):
-        check_writable(path)  # before the measurement, not after it
-    rows, parts = [], []
-    for cameras in arguments.cameras:
-        variants = latency.make_variants(config, cameras)
-        runs = list(latency.measure(variants, repeats))
-        rows += latency.rows_of(variants, runs)
-        parts += latency.breakdown(variants, runs)
-    environment = latency.environment(pick_device(config.model.device))
-    print(', '.join(f'{key} {value}' for key, value in environment.items()))
-    print(f'model {variants[0].policy.model.info.name}')
-    print(f'alpha {config.pruning.alpha:g}, {repeats} queries each, coarse:fine 1:1')
-    print(table(rows))
-    if arguments.breakdown:
-        print(breakdown_table(parts))
-    records = [{**dataclasses.asdict(row), **environment} for row in rows]
-    if arguments.json:
-        arguments.json.write_text(json.dumps(records, indent=1) + '\n')
-    if arguments.csv:
-        with arguments.csv.open('w', newline='') as file:
-            writer = csv.DictWriter(file, fieldnames=records[0])
-            writer.writeheader()
-            writer.writerows(records)
+    at_least('repeats', arguments.repeats, 1)
+    check_outputs(arguments)  # before the measurement, not after it
+    if arguments.work:
+        return run_work(arguments, config)
+    return run_variants(arguments, config)
+
+
+def run_variants(arguments: argparse.Namespace, config: PolicyConfig) -> int:
+    """Time methods and forms against the dense model."""
+    from specprune_ros.bench import latency, output
+    from specprune_ros.bench.launches import launches_of, launches_table
+    from specprune_ros.bench.variants import make_lineup
+
+    methods = arguments.methods or [config.pruning.method]
+    environment: dict[str, str] = {}
+    rows, tables = [], []
+    for cameras in arguments.cameras or CAMERAS:
+        lineup = result = None  # their weights go before others come
+        lineup = make_lineup(config, cameras, methods, arguments.forms or FORMS_SHOWN)
+        environment = environment or print_machine(config)  # as the model has set it up
+        result = latency.run(lineup, arguments.repeats)
+        rows += latency.rows_of(result)
+        write(arguments, rows, environment)  # whatever becomes of the rest
+        print('\n'.join(output.notes(result)))
+        if arguments.breakdown:
+            tables.append(output.breakdown_table(latency.breakdown(result)))
+        if arguments.profile:
+            tables.append(launches_table([launches_of(one) for one in lineup.variants]))
+    name = lineup.variants[0].policy.model.info.name
+    print(f'model {name}')
+    print(f'alpha {config.pruning.alpha:g}, {arguments.repeats} queries each, coarse:fine 1:1')
+    print('\n\n'.join([output.rows_table(rows), output.pruning_table(rows), *tables]))
+    if arguments.plot:
+        from specprune_ros.bench.plots import plot_rows
+
+        plot_rows(rows, f'{name}, {environment["hardware"]}', arguments.plot)
     return 0
+
+
+def run_work(arguments: argparse.Namespace, config: PolicyConfig) -> int:
+    """Time against tokens, pruned and dense."""
+    from specprune_ros.bench import work
+
+    if len(arguments.forms or ()) > 1:
+        raise ConfigError('--forms', arguments.forms, '--work takes one')
+    if len(arguments.methods or ()) > 1:
+        raise ConfigError('--methods', arguments.methods, '--work takes one')
+    form = (arguments.forms or ['fused'])[0]
+    if arguments.methods:
+        pruning = dataclasses.replace(config.pruning, method=arguments.methods[0])
+        config = dataclasses.replace(config, pruning=pruning)
+    cameras, patches = arguments.cameras or WORK_CAMERAS, arguments.patches or work.PATCHES
+    points = list(
+        work.sweep(config, cameras=cameras, patches=patches, form=form, repeats=arguments.repeats)
+    )
+    environment = print_machine(config)
+    title = f'{config.model.name}, {config.pruning.method}, form {points[-1].form}'
+    print(f'{title}, {arguments.repeats} queries each, coarse:fine 1:1')
+    print(work.work_table(points))
+    write(arguments, points, environment)
+    if arguments.plot:
+        from specprune_ros.bench.plots import plot_work
+
+        plot_work(points, f'{title}, {environment["hardware"]}', arguments.plot)
+    return 0
+
+
+def print_machine(config: PolicyConfig) -> dict[str, str]:
+    """Say hardware and versions, and return them."""
+    from specprune_ros.bench.latency import environment
+    from specprune_ros.models import pick_device
+
+    found = environment(pick_device(config.model.device))
+    print(', '.join(f'{key} {value}' for key, value in found.items()))
+    return found
+
+
+def write(arguments: argparse.Namespace, rows: list, environment: dict[str, str]) -> None:
+    """Write the files that were asked for."""
+    from specprune_ros.bench import output
+
+    records = output.records_of(rows, environment)
+    if arguments.json:
+        output.write_json(arguments.json, records)
+    if arguments.csv:
+        output.write_csv(arguments.csv, records)
 
 
 def compare_preprocessing(config: PolicyConfig, path: str) -> int:
     """Print how far fast preprocessing is from exact on a recording."""
-    from specprune_ros.bench import latency
     from specprune_ros.bench.preprocessing import compare
     from specprune_ros.images import as_rgb
-    from specprune_ros.models import pick_device
     from specprune_ros.offline import fit_robot, run_recording, skipped_words
     from specprune_ros.policy import Policy
     from specprune_ros.recordings import open_recording
@@ -115,8 +202,7 @@ def compare_preprocessing(config: PolicyConfig, path: str) -> int:
         for observation in observations
     ]
     result = compare(config, decoded)
-    environment = latency.environment(pick_device(config.model.device))
-    print(', '.join(f'{key} {value}' for key, value in environment.items()))
+    print_machine(config)
     shapes = {image.shape[:2] for image in decoded[0].images.values()}
     if shapes == {(MODEL_SIDE, MODEL_SIDE)}:
         print("NOTE: the images have the model's size: no JPEG and no resize, little to compare")
@@ -132,43 +218,21 @@ def compare_preprocessing(config: PolicyConfig, path: str) -> int:
     return 0
 
 
-def check_writable(path: Path) -> None:
-    """See that a file can be written.
+def check_outputs(arguments: argparse.Namespace) -> None:
+    """See that all files can be written.
 
     Raises:
-        ConfigError: it cannot.
+        ConfigError: one cannot.
+        MissingDependencyError: a picture is asked for, and matplotlib is missing.
     """
-    try:
-        path.open('a').close()
-    except OSError as error:
-        raise ConfigError('--json or --csv', str(path), f'cannot be written: {error}') from error
+    for name in ('json', 'csv', 'plot'):
+        path = getattr(arguments, name)
+        try:
+            if path:
+                path.open('a').close()
+        except OSError as error:
+            raise ConfigError(f'--{name}', str(path), f'cannot be written: {error}') from error
+    if arguments.plot:
+        from specprune_ros.bench.plots import require_matplotlib
 
-
-def table(rows: list) -> str:
-    """The rows as text; without a dependency, so that a bare PyTorch machine prints it too."""
-    lines = [
-        f'{"cameras":>7} {"method":<10} {"form":<11} {"stage":<10} {"median ms":>9} {"p95 ms":>8} '
-        f'{"dense/this":>10} {"quartiles":>11} {"kept %":>9}'
-    ]
-    for row in rows:
-        kept = f'{100 * row.kept_static:.0f} > {100 * row.kept_final:.0f}'
-        quartiles = f'{row.ratio_low:.2f}-{row.ratio_high:.2f}'
-        lines.append(
-            f'{row.cameras:>7} {row.method:<10} {row.form:<11} {row.stage:<10} '
-            f'{row.median_ms:>9.2f} {row.p95_ms:>8.2f} {row.ratio_to_dense_sdpa:>9.2f}x '
-            f'{quartiles:>11} {kept:>9}'
-        )
-    return '\n'.join(lines)
-
-
-def breakdown_table(parts: list) -> str:
-    """What pruning adds, as text."""
-    lines = [
-        f'{"cameras":>7} {"form":<11} {"part of pruning":<16} {"median ms":>9} {"of dense":>9}'
-    ]
-    for part in parts:
-        lines.append(
-            f'{part.cameras:>7} {part.form:<11} {part.name:<16} {part.median_ms:>9.3f} '
-            f'{100 * part.share_of_dense:>8.2f}%'
-        )
-    return '\n'.join(lines)
+        require_matplotlib()

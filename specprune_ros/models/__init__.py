@@ -17,6 +17,7 @@ from specprune_ros.models.base import VLAModel
 MODELS = {
     'tiny': 'specprune_ros.models.tiny',
     'shrunk_7b': 'specprune_ros.models.tiny',
+    'random_7b': 'specprune_ros.models.tiny',
     'openvla_oft': 'specprune_ros.models.openvla_checkpoint',
     'openvla': 'specprune_ros.models.openvla_checkpoint',
     'univla': 'specprune_ros.models.openvla_checkpoint',

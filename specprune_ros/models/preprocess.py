@@ -237,15 +237,29 @@ class FastPreprocessor(_Preprocessor):
         alike = defaultdict(list)
         for index, image in enumerate(images):
             alike[image.shape[:2]].append(index)
-        results = {}
-        for size, indices in alike.items():
-            stack = upload([images[index] for index in indices], self._device)
-            if not self._unchanged(size):
-                values = resample_batch(stack, *self._matrices(size))
-                values = values if self._center_crop else values.round_()
-                stack = values.clamp_(0, 255).to(torch.uint8)
-            results.update(zip(indices, stack, strict=True))
-        return torch.stack([results[index] for index in range(len(images))])
+        fitted, order = [], []
+        for indices in alike.values():
+            fitted += self.fitted(upload([images[index] for index in indices], self._device))
+            order += indices
+        return torch.stack([fitted[order.index(index)] for index in range(len(images))])
+
+    def fitted(self, stack: Tensor) -> Tensor:
+        """The device's half: images of one size, uploaded, at the model's.
+
+        What it does depends on the shape alone, so it can be a part of a recorded query.
+
+        Args:
+            stack: [M, H, W, 3] uint8 on the device.
+
+        Returns:
+            [M, rows, cols, 3] uint8.
+        """
+        size = tuple(stack.shape[1:3])
+        if self._unchanged(size):
+            return stack
+        values = resample_batch(stack, *self._matrices(size))
+        values = values if self._center_crop else values.round_()
+        return values.clamp_(0, 255).to(torch.uint8)
 
     def _one(self, image: np.ndarray) -> np.ndarray:
         size = image.shape[:2]

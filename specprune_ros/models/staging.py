@@ -174,10 +174,12 @@ def vision_features(
     # Every use of the side stream starts and ends so, which also orders the reuse of memory:
     # nothing is freed before the streams have met.
     side.wait_stream(current)
-    with torch.cuda.stream(side):
-        first = backbone.featurizer(dino, language)
-    second = backbone.fused_featurizer(siglip, language)
-    current.wait_stream(side)
+    try:
+        with torch.cuda.stream(side):
+            first = backbone.featurizer(dino, language)
+        second = backbone.fused_featurizer(siglip, language)
+    finally:
+        current.wait_stream(side)
     return torch.cat((first, second), dim=-1)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -38,11 +38,26 @@ MAX_CAMERAS = 4
 
 @dataclass(frozen=True)
 class Sizes:
-    """One stand-in's sizes; `llama` are arguments of transformers.LlamaConfig."""
+    """One stand-in's sizes.
+
+    Attributes:
+        dino, siglip: the towers.
+        llama: arguments of transformers.LlamaConfig.
+        for_gpu: too large for a CPU; weights are drawn on the device, so other ones on each.
+    """
 
     dino: TowerConfig
     siglip: TowerConfig
     llama: dict[str, object]
+    for_gpu: bool = False
+
+    def with_grid(self, side: int) -> Sizes:
+        """The same for images of side x side patches, square ones."""
+        towers = (
+            replace(tower, image_size=side * tower.patch_size)
+            for tower in (self.dino, self.siglip)
+        )
+        return Sizes(*towers, self.llama, self.for_gpu)
 
 
 SIZES = {
@@ -82,11 +97,12 @@ SIZES = {
             'num_hidden_layers': 32,
             'num_attention_heads': 32,
         },
+        for_gpu=True,
     ),
 }
 LLAMA = {
     'vocab_size': 1024,
-    'max_position_embeddings': 2048,
+    'max_position_embeddings': 4096,
     'rms_norm_eps': 1e-6,
 }
 # Queries and keys this much larger than fan-in scaling make attention peak, as a trained model's.
@@ -118,26 +134,37 @@ def load(config: PolicyConfig, device: torch.device) -> OpenVLAOFT:
     """Build the stand-in for a robot configuration.
 
     Raises:
-        ConfigError: not 1 to 4 cameras.
+        ConfigError: not 1 to 4 cameras, or a model for a GPU on a CPU.
         MissingDependencyError: transformers is not installed.
     """
-    robot, sizes = config.robot, SIZES[config.model.name]
+    return build(config, device, SIZES[config.model.name])
+
+
+def build(config: PolicyConfig, device: torch.device, sizes: Sizes) -> OpenVLAOFT:
+    """Build a stand-in of any sizes; see load."""
+    robot, name = config.robot, config.model.name
     width, dino, siglip = sizes.llama['hidden_size'], sizes.dino, sizes.siglip
     cameras, horizon, actions = robot.camera_names, robot.horizon, len(robot.action_names)
     if len(cameras) > MAX_CAMERAS:
         raise ConfigError('robot.camera_names', cameras, f'it takes 1 to {MAX_CAMERAS} cameras')
+    if sizes.for_gpu and device.type == 'cpu':
+        raise ConfigError('model.name', name, 'needs a GPU with 20 GB; a CPU has shrunk_7b')
     proprio_dim = len(robot.joint_names)
-    modules = {
-        'vision_backbone': VisionBackbone(dino, siglip),
-        'projector': Projector(dino.width + siglip.width, width),
-        'language_model': make_llama({**LLAMA, **sizes.llama}),
-        'action_head': L1RegressionHead(width, actions, hidden_width=width),
-        'proprio_projector': ProprioProjector(proprio_dim, width) if proprio_dim else None,
-    }
-    generator = torch.Generator().manual_seed(config.model.seed)
+    with torch.device('meta'):
+        modules = {
+            'vision_backbone': VisionBackbone(dino, siglip),
+            'projector': Projector(dino.width + siglip.width, width),
+            'language_model': make_llama({**LLAMA, **sizes.llama}),
+            'action_head': L1RegressionHead(width, actions, hidden_width=width),
+            'proprio_projector': ProprioProjector(proprio_dim, width) if proprio_dim else None,
+        }
+    modules['vision_backbone'].make_buffers()
+    llama = modules['language_model']
+    llama.rotary_emb = type(llama.rotary_emb)(config=llama.config)
+    generator = torch.Generator(device if sizes.for_gpu else 'cpu')
+    generator.manual_seed(config.model.seed)
     for module in filter(None, modules.values()):
-        _randomize(module, generator)
-        _place(module.eval().requires_grad_(False), device, _dtype(config, device))
+        _fill(module.eval(), generator, device, _dtype(config, device))
     side = dino.image_size // dino.patch_size
     size = (dino.image_size, dino.image_size)
     preprocessor = make_preprocessor(
@@ -148,7 +175,7 @@ def load(config: PolicyConfig, device: torch.device) -> OpenVLAOFT:
         device=device,
     )
     info = ModelInfo(
-        name=f'{config.model.name} (stand-in, random weights: its actions mean nothing)',
+        name=f'{name} (stand-in, random weights: its actions mean nothing)',
         stand_in=True,
         cameras=cameras,
         image_size=size,
@@ -171,19 +198,31 @@ def load(config: PolicyConfig, device: torch.device) -> OpenVLAOFT:
     )
 
 
-def _randomize(module: nn.Module, generator: torch.Generator) -> None:
-    """Draw all weights by ourselves, so that they do not depend on a library's initialisation."""
+def _fill(
+    module: nn.Module, generator: torch.Generator, device: torch.device, dtype: torch.dtype
+) -> None:
+    """Draw all weights by ourselves, so that they do not depend on a library's initialisation.
+
+    Constants such as rotary frequencies stay float32.
+    """
     for name, parameter in sorted(module.named_parameters()):
-        if 'norm' in name or 'scale_factor' in name or name.split('.')[-2:][0] in ('0',):
-            value = torch.full(parameter.shape, float(name.endswith('weight') or 'scale' in name))
-        elif name.endswith('bias'):
-            value = torch.zeros(parameter.shape)
-        else:
-            fan_in = math.prod(parameter.shape[1:]) if parameter.dim() > 1 else len(parameter)
-            gain = ATTENTION_GAIN if 'q_proj' in name or 'k_proj' in name else 1.0
-            std = 1.0 if 'embed' in name and 'proj' not in name else gain / math.sqrt(fan_in)
-            value = torch.randn(parameter.shape, generator=generator) * std
-        parameter.data.copy_(value)
+        value = _drawn(name, parameter.shape, generator).to(device, dtype)
+        path, _, leaf = name.rpartition('.')
+        setattr(module.get_submodule(path), leaf, nn.Parameter(value, requires_grad=False))
+    module.to(device)
+
+
+def _drawn(name: str, shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
+    """One parameter's value, float32."""
+    new = {'device': generator.device}
+    if 'norm' in name or 'scale_factor' in name or name.split('.')[-2:][0] in ('0',):
+        return torch.full(shape, float(name.endswith('weight') or 'scale' in name), **new)
+    if name.endswith('bias'):
+        return torch.zeros(shape, **new)
+    fan_in = math.prod(shape[1:]) if len(shape) > 1 else shape[0]
+    gain = ATTENTION_GAIN if 'q_proj' in name or 'k_proj' in name else 1.0
+    std = 1.0 if 'embed' in name and 'proj' not in name else gain / math.sqrt(fan_in)
+    return torch.randn(shape, generator=generator, **new) * std
 
 
 def _dtype(config: PolicyConfig, device: torch.device) -> torch.dtype:
@@ -191,13 +230,6 @@ def _dtype(config: PolicyConfig, device: torch.device) -> torch.dtype:
     if wanted == 'auto':
         wanted = 'bfloat16' if device.type == 'cuda' else 'float32'
     return getattr(torch, wanted)
-
-
-def _place(module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-    """Weights in a number format; constants such as rotary frequencies stay float32."""
-    for parameter in module.parameters():
-        parameter.data = parameter.data.to(device, dtype)
-    module.to(device)
 
 
 def _bounds(size: int, limit: float) -> Bounds:
