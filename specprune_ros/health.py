@@ -13,6 +13,7 @@ from specprune_ros.types import Mode, PolicyResult, PruneReport
 
 LATENCY_WINDOW = 200  # queries over which percentiles are taken
 KINDS_KEPT = 1000  # kinds of fault whose last logging is remembered
+MEMORY_S = 1.0  # at most how often the GPU's memory is looked at
 REPEAT_S = 5.0  # the same kind of error is logged at most this often
 
 
@@ -35,6 +36,8 @@ class Health:
         self._rates_since = time.monotonic()
         self._clamped = 0
         self._compared = 0
+        self._memory: dict[str, str] = {}
+        self._memory_at = -MEMORY_S
 
     def fault(self, code: str, message: str) -> bool:
         """Count a fault.
@@ -71,6 +74,16 @@ class Health:
         """Count a result that came too late to be published (stopped, or a new epoch)."""
         with self._lock:
             self._discarded += 1
+
+    def look_at_memory(self) -> None:
+        """Note the GPU's memory; for the thread that infers: torch may make the caller wait."""
+        now = time.monotonic()
+        if now - self._memory_at >= MEMORY_S:
+            self._memory_at, self._memory = now, gpu_memory()
+
+    def forget_memory(self) -> None:
+        """The model is gone."""
+        self._memory, self._memory_at = {}, -MEMORY_S
 
     def arrived(self, stream: str) -> None:
         """Count a message of an input."""
@@ -113,7 +126,7 @@ class Health:
             if len(latency):
                 figures['latency p50 ms'] = f'{np.percentile(latency, 50):.1f}'
                 figures['latency p95 ms'] = f'{np.percentile(latency, 95):.1f}'
-            return figures
+            return figures | self._memory
 
     def guard(self) -> dict[str, str]:
         """What the limits and the pruning guard did, as text."""

@@ -41,6 +41,7 @@ _BYTES = {
 }
 # how a file begins -> how it ends
 END_MARKERS = {b'\xff\xd8\xff': b'\xff\xd9', b'\x89PNG': b'IEND\xaeB`\x82'}
+PNG_BITS_AT = 24  # byte of a PNG that says how many bits a channel has
 TAIL_BYTES = 4096  # in which the end must lie; some cameras pad with zeros
 ENCODINGS = tuple(sorted(_BYTES))
 
@@ -117,7 +118,8 @@ class CompressedImage:
     """A JPEG or PNG as it came; `rgb` decodes it.
 
     Raises:
-        ObservationError: no data, or (from `rgb`) data that does not decode.
+        ObservationError: no data, depth or a PNG of 16 bits, or (from `rgb`) data that does not
+            decode.
     """
 
     field: str
@@ -136,6 +138,14 @@ class CompressedImage:
                 self.format,
                 'depth is not a colour image',
             )
+        if self._bits_per_channel() > 8:
+            # OpenCV would scale it down: depth in mm becomes an almost black picture.
+            raise ObservationError(
+                'image_color',
+                f'{self.field}.data',
+                f'{self._bits_per_channel()} bits per channel',
+                'colours have 8; depth is not a colour image',
+            )
 
     def rgb(self) -> np.ndarray:
         """[rows, cols, 3] uint8."""
@@ -151,6 +161,11 @@ class CompressedImage:
                 'does not decode',
             )
         return cv2.cvtColor(image, cv2.COLOR_BGR2RGB, dst=image)
+
+    def _bits_per_channel(self) -> int:
+        """As a PNG's header says; 8 for all else."""
+        head = bytes(memoryview(self.data).cast('B')[: PNG_BITS_AT + 1])
+        return head[PNG_BITS_AT] if head.startswith(b'\x89PNG') and len(head) > PNG_BITS_AT else 8
 
     def _is_whole(self) -> bool:
         """Whether a JPEG or PNG has its end: OpenCV 4 fills the rest of a cut one with grey."""

@@ -250,7 +250,8 @@ class Inbox:
 class QueryTrigger:
     """When to query: at a rate, and then on the image that completes a set of new ones.
 
-    A timer alone would take images that are up to a frame period old. When a camera is late, the
+    A timer alone would take images that are up to a frame period old. So would waiting for a set
+    that begins after the query fell due, where it falls due amid one. When a camera is late, the
     query goes out without its new image, or tells what is missing.
 
     Args:
@@ -276,10 +277,11 @@ class QueryTrigger:
     def image(self, camera: str, now_ns: int) -> bool:
         """An image came; whether it completes a set while a query is due."""
         self._mind_the_clock(now_ns)
-        if now_ns < self._due_ns:
-            return False
         self._new.add(camera)
-        return self._new >= self._cameras
+        complete, due = self._new >= self._cameras, now_ns >= self._due_ns
+        if complete and not due:
+            self._new.clear()
+        return complete and due
 
     def is_overdue(self, now_ns: int) -> bool:
         """Whether a due query has waited long enough for its set."""

@@ -168,13 +168,14 @@ class TaskMachine:
     # Lifecycle -------------------------------------------------------------------------------
 
     def configure(self, max_failures: int, input_timeout_s: float) -> None:
-        """A policy is there.
+        """A policy is there, and the emergency stop is about to be heard anew; a stop stays.
 
         Args:
             max_failures: failed inferences in a row that end a task.
             input_timeout_s: a task ends when an input is missing for so long.
         """
         self._configured = True
+        self._e_stop = False  # whoever pressed it and is gone cannot release it any more
         self._max_failures = max_failures
         self._input_timeout_ns = round(input_timeout_s * NS)
 
@@ -331,9 +332,9 @@ class TaskMachine:
 
         Args:
             epoch: of its chunk; 0: it came from elsewhere.
-            chunk_id, step: the chunk and its row.
+            chunk_id, step: the chunk and its row; 0 with an epoch: a safety output, no step.
         """
-        if self.task is None or epoch not in (0, self.epoch):
+        if self.task is None or epoch not in (0, self.epoch) or (epoch and not chunk_id):
             return
         self.task.steps += 1
         if chunk_id and chunk_id == self.task.chunk_id:

@@ -30,6 +30,8 @@ GIVE_WAY_POLL_S = 0.005
 NO_MEMORY = ('out of memory', 'not enough memory')
 
 Item = TypeVar('Item')
+# Pruning parameters, and who hears why they were not taken.
+Change = tuple[PruneConfig, Callable[[Exception], None] | None]
 
 
 def fault_code(error: Exception) -> str:
@@ -63,8 +65,14 @@ class LoadingThread:
         """Whether it still loads."""
         return self._thread.is_alive()
 
-    def wait(self, given_up: threading.Event) -> Policy:
+    def wait(
+        self, given_up: threading.Event, meanwhile: Callable[[], None] = lambda: None
+    ) -> Policy:
         """The policy, once it is loaded; handed over, so that its memory is the caller's to free.
+
+        Args:
+            given_up: not to wait any longer.
+            meanwhile: called every POLL_S, in the thread that waits.
 
         Raises:
             SpecPruneError: given_up was set; the thread goes on, and nobody hears of it.
@@ -72,6 +80,7 @@ class LoadingThread:
         """
         while self._thread.is_alive():
             self._thread.join(POLL_S)
+            meanwhile()
             if given_up.is_set():
                 raise SpecPruneError('the process is to end: loading is given up')
         outcome = self._outcome.pop()
@@ -137,7 +146,7 @@ class InferenceWorker:
         self._busy_since: float | None = None
         self._steps: deque[tuple[ExecutedAction, Mapping, Mapping]] = deque(maxlen=MAX_STEPS)
         self._steps_before_job = 0  # of them, those executed before the waiting observation
-        self._pruning: PruneConfig | None = None
+        self._pruning: Change | None = None
         self._reset = False
         self._stop = False
         self._thread = threading.Thread(target=self._run, name='inference', daemon=True)
@@ -198,10 +207,23 @@ class InferenceWorker:
             if len(self._steps) > FRAMES_KEPT:
                 self._steps[-1 - FRAMES_KEPT] = (self._steps[-1 - FRAMES_KEPT][0], {}, {})
 
-    def set_pruning(self, pruning: PruneConfig) -> None:
-        """Leave pruning parameters for before the next query."""
+    @property
+    def pruning_waits(self) -> bool:
+        """Whether pruning parameters wait for the next query."""
+        return self._pruning is not None
+
+    def set_pruning(
+        self, pruning: PruneConfig, on_refused: Callable[[Exception], None] | None = None
+    ) -> None:
+        """Leave pruning parameters for before the next query.
+
+        Args:
+            pruning: what is to hold.
+            on_refused: called in the worker's thread when the policy does not take it; what held
+                before holds on, and the query goes on with it. None: it is an error of the query.
+        """
         with self._wake:
-            self._pruning = pruning
+            self._pruning = pruning, on_refused
 
     def reset(self) -> None:
         """Forget the episode and whatever waits."""
@@ -264,9 +286,7 @@ class InferenceWorker:
     def _rest(self) -> None:
         self._current = self._busy_since = None
 
-    def _work(
-        self, job: Job | None, steps: list, pruning: PruneConfig | None, reset: bool
-    ) -> None:
+    def _work(self, job: Job | None, steps: list, pruning: Change | None, reset: bool) -> None:
         replan = self._prepare(steps, pruning, reset or (job is not None and job.apart))
         if job is None:
             if replan:
@@ -281,12 +301,12 @@ class InferenceWorker:
         if not self._stop:
             self._on_result(job, result)
 
-    def _prepare(self, steps: list, pruning: PruneConfig | None, reset: bool) -> bool:
+    def _prepare(self, steps: list, pruning: Change | None, reset: bool) -> bool:
         """Whether one of the executed steps asks for a new query at once."""
         if reset:
             self._policy.reset()
         if pruning is not None:
-            self._policy.set_pruning(pruning)
+            self._change_pruning(*pruning)
         replan = False
         for action, images, stamps_ns in steps:
             try:
@@ -294,6 +314,16 @@ class InferenceWorker:
             except SpecPruneError as error:
                 self._on_error(error, None)
         return replan
+
+    def _change_pruning(
+        self, pruning: PruneConfig, on_refused: Callable[[Exception], None] | None
+    ) -> None:
+        try:
+            self._policy.set_pruning(pruning)
+        except Exception as error:
+            if on_refused is None:
+                raise
+            on_refused(error)
 
 
 class SpareThread(Generic[Item]):
@@ -335,6 +365,12 @@ class SpareThread(Generic[Item]):
             self._item = item
             self._wake.notify()
 
+    def give_way(self) -> None:
+        """Wait while something is in the way; for `work`, between two parts of what it does."""
+        end = time.monotonic() + GIVE_WAY_S
+        while self._in_the_way() and time.monotonic() < end and not self._stop:
+            time.sleep(GIVE_WAY_POLL_S)
+
     def stop(self, timeout_s: float) -> bool:
         """End the thread; False when it did not end in time."""
         with self._wake:
@@ -347,7 +383,7 @@ class SpareThread(Generic[Item]):
         while True:
             with self._wake:
                 self._wake.wait_for(lambda: self._stop or self._item is not None)
-            self._give_way()
+            self.give_way()
             with self._wake:
                 if self._stop:
                     return
@@ -356,8 +392,3 @@ class SpareThread(Generic[Item]):
                 self._work(item)
             except Exception as error:  # a bad picture must not end all later ones
                 self._on_error(error)
-
-    def _give_way(self) -> None:
-        end = time.monotonic() + GIVE_WAY_S
-        while self._in_the_way() and time.monotonic() < end and not self._stop:
-            time.sleep(GIVE_WAY_POLL_S)

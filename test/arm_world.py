@@ -9,12 +9,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import dds_memory
 import numpy as np
 import rclpy
 from diagnostic_msgs.msg import DiagnosticArray
 from geometry_msgs.msg import PoseStamped, TwistStamped
 from rcl_interfaces.srv import SetParameters
 from rclpy.clock import Clock, ClockType
+from rclpy.executors import SingleThreadedExecutor
 from rclpy.node import Node
 from rclpy.parameter import Parameter
 from rclpy.qos import qos_profile_sensor_data
@@ -34,6 +36,8 @@ from specprune_ros.types import ActionSpace
 
 DT_S = 0.05
 HORIZON = 16
+MEASURE_S = 0.02
+ASKED = 4  # times at most, for an answer of a service
 JOINTS = ('j1', 'j2', 'j3')
 CARTESIAN = ('x', 'y', 'z', 'roll', 'pitch', 'yaw')
 NS = 1_000_000_000
@@ -178,16 +182,20 @@ class ArmWorld(Node):
     ):
         super().__init__(name, namespace=namespace)
         self.target = 'action_streamer'
+        self._executor = SingleThreadedExecutor()
         self.parameters = parameters
         self.beside: list[Node] = []  # worlds that live on while this one waits
         self.lifecycle = LifecycleClient(self, self.target)
         self.joints = np.array([0.1, -0.2, 0.3])
         self.pose = np.array([0.4, 0.0, 0.3, 0.0, 0.0, 0.0, 1.0])
         self.measures = True
+        self.lag_s = 0.0  # by how much its timers came late at most, since it last streamed
+        self._measured_s = time.monotonic()
         self.distort: Callable[[JointState], None] = lambda msg: None  # injects a fault
         self.sent: list[Sent] = []
         self.grippers: list[np.ndarray] = []
-        self.executed: list[ExecutedAction] = []
+        self.executed: list[ExecutedAction] = []  # rows of chunks
+        self.rested: list[ExecutedAction] = []  # what was said of safety outputs
         self.statuses: list[StreamerStatus] = []
         self.diagnostics: dict[str, object] = {}
         self._sim_ns = 1000 * NS if sim_time else None
@@ -201,7 +209,7 @@ class ArmWorld(Node):
             StreamerStatus, f'{self.target}/status', self.statuses.append, qos.LATCHED
         )
         self.create_subscription(
-            ExecutedAction, 'executed_action', self.executed.append, qos.EVERY_STEP
+            ExecutedAction, 'executed_action', self._on_executed, qos.EVERY_STEP
         )
         self.create_subscription(
             DiagnosticArray, '/diagnostics', self._on_diagnostics, qos.DIAGNOSTICS
@@ -219,7 +227,7 @@ class ArmWorld(Node):
         if sim_time:
             self._clock_pub = self.create_publisher(ClockMsg, '/clock', 10)
             self._clock_timer = self.create_timer(0.005, self._publish_clock, clock=steady)
-        self.create_timer(0.02, self._measure, clock=steady)
+        self.create_timer(MEASURE_S, self._measure, clock=steady)
         self.vla = FakeVla(self, parameters, self.now_ns) if vla else None
 
     # Time -------------------------------------------------------------------------------------
@@ -288,8 +296,14 @@ class ArmWorld(Node):
     def _on_gripper(self, msg: Float64MultiArray) -> None:
         self.grippers.append(np.array(msg.data))
 
+    def _on_executed(self, msg: ExecutedAction) -> None:
+        (self.executed if msg.chunk_id else self.rested).append(msg)
+
     def _measure(self) -> None:
         """The measured state; joints in another order than the actions', with a stranger."""
+        now_s = time.monotonic()
+        self.lag_s = max(self.lag_s, now_s - self._measured_s - MEASURE_S)
+        self._measured_s = now_s
         if not self.measures:
             return
         now_ns = self.now_ns()
@@ -310,10 +324,16 @@ class ArmWorld(Node):
         while time.monotonic() < end:
             if until():
                 return True
-            rclpy.spin_once(self, timeout_sec=0.02)
-            for world in self.beside:
-                rclpy.spin_once(world, timeout_sec=0.0)
+            # rclpy.spin_once() begins anew with what is ready every time: on a busy machine that
+            # is always a timer, and answers never come. What else spins a node takes it away.
+            for world in (self, *self.beside):
+                self._executor.add_node(world)
+            self._executor.spin_once(timeout_sec=0.02)
         return until()
+
+    def destroy_node(self) -> None:
+        self._executor.shutdown(timeout_sec=0.0)
+        super().destroy_node()
 
     def start(self, *, enabled: bool = True) -> None:
         """Configure and activate action_streamer, and enable it."""
@@ -330,14 +350,14 @@ class ArmWorld(Node):
 
     def enable(self) -> None:
         """`~/enable true`, again until the streamer has found the controllers."""
-        assert self.run(5.0, lambda: self.call('enable', True)[0]), self.call('enable', True)
+        assert self.run(ANSWER_S, lambda: self.call('enable', True)[0]), self.call('enable', True)
 
     def streams(self, commands: int = 5, seconds: float = ANSWER_S) -> bool:
         """Whether that many further commands arrive at the robot."""
-        goal = len(self.sent) + commands
+        goal, self.lag_s, self._measured_s = len(self.sent) + commands, 0.0, time.monotonic()
         return self.run(seconds, lambda: len(self.sent) >= goal)
 
-    def reaches(self, state: int, seconds: float = 5.0) -> bool:
+    def reaches(self, state: int, seconds: float = ANSWER_S) -> bool:
         """Whether action_streamer says that it is in a state (StreamerStatus.STATE_*)."""
         return self.run(seconds, lambda: self.state == state)
 
@@ -388,14 +408,18 @@ class ArmWorld(Node):
 
     def forget(self) -> None:
         """Forget what was seen, not what is."""
-        self.sent.clear(), self.grippers.clear(), self.executed.clear()
+        for seen in (self.sent, self.grippers, self.executed, self.rested):
+            seen.clear()
 
     def _call(self, service: str, request):
+        """The answer; asked again where it was lost, as happens on a busy machine."""
         client = self._callers[service]
         assert self.run(START_S, client.service_is_ready), service
-        future = client.call_async(request)
-        assert self.run(ANSWER_S, future.done), service
-        return future.result()
+        for _ in range(ASKED):
+            future = client.call_async(request)
+            if self.run(ANSWER_S / ASKED, future.done):
+                return future.result()
+        raise AssertionError(f'{service} was not answered')
 
     def _on_diagnostics(self, msg: DiagnosticArray) -> None:
         self.diagnostics.update({status.name: status for status in msg.status})
@@ -410,7 +434,10 @@ def arm_world(parameters: dict, *extra: str, **kwargs) -> Iterator[tuple[ArmWorl
         extra = (*extra, '-r', f'__ns:={world.get_namespace()}')
     try:
         with NodeProcess('streamer_node', given, *extra) as process:
-            yield world, process
+            try:
+                yield world, process
+            finally:
+                dds_memory.kill(process.process)
     finally:
         world.destroy_node()
 

@@ -1,19 +1,21 @@
 """A vla_node process whose policy misbehaves as it is told: `python faulty_policy.py --ros-args`.
 
-The topic ~/mode takes: `ok`, `slow SECONDS`, `forever`, `raise`, `nan`, `oom` or `bad_input`. No
-torch: the process starts within a second.
+The topic ~/mode takes: `ok`, `slow SECONDS`, `forever`, `raise`, `nan`, `oom`, `bad_input`,
+`bad_pruning`, `bad_deactivate` (once) or `slow_load SECONDS`. No torch: the process starts within
+a second.
 """
 
 from __future__ import annotations
 
 import threading
 import time
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
 from std_msgs.msg import String
 
-from specprune_ros.errors import ObservationError
+from specprune_ros.errors import ConfigError, ObservationError
 from specprune_ros.ros import qos
 from specprune_ros.ros.process import spin_process
 from specprune_ros.ros.vla_node import VlaNode
@@ -45,6 +47,8 @@ class FaultyPolicy:
         self._queries = 0
 
     def set_pruning(self, pruning) -> None:
+        if self._mode[0] == 'bad_pruning':
+            raise ConfigError('pruning.alpha', pruning.alpha, 'the policy cannot take it')
         self._pruning = pruning
 
     def observe_executed(self, action, images=None, image_stamps_ns=None) -> bool:
@@ -122,17 +126,31 @@ class FaultyPolicy:
         )
 
 
-def make_node(stop: threading.Event) -> VlaNode:
+def load(mode: list[str], config) -> FaultyPolicy:
+    """The policy, perhaps after a while."""
+    kind, _, value = mode[0].partition(' ')
+    if kind == 'slow_load':
+        time.sleep(float(value))
+    return FaultyPolicy(config, mode)
+
+
+class FaultyNode(VlaNode):
     """A vla_node with a faulty policy, which listens to ~/mode from the start."""
-    mode = ['ok']
-    node = VlaNode(stop, load=lambda config: FaultyPolicy(config, mode))
 
-    def on_mode(msg: String) -> None:
-        mode[0] = msg.data
+    def __init__(self, stop: threading.Event):
+        self.mode = ['ok']
+        super().__init__(stop, load=partial(load, self.mode))
+        self.create_subscription(String, '~/mode', self._on_mode, qos.LATCHED)
 
-    node.create_subscription(String, '~/mode', on_mode, qos.LATCHED)
-    return node
+    def _halt(self) -> None:
+        if self.mode[0] == 'bad_deactivate':
+            self.mode[0] = 'ok'
+            raise ZeroDivisionError('the transition broke')
+        super()._halt()
+
+    def _on_mode(self, msg: String) -> None:
+        self.mode[0] = msg.data
 
 
 if __name__ == '__main__':
-    raise SystemExit(spin_process(make_node))
+    raise SystemExit(spin_process(FaultyNode))

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import dds_memory
 import numpy as np
 import pytest
 import rclpy
@@ -57,8 +58,7 @@ class NodeProcess:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        if self.process.poll() is None:
-            self.process.kill()
+        dds_memory.kill(self.process)
         self.process.wait()
         self._log.close()
 

@@ -21,18 +21,23 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
+import dds_memory
 import numpy as np
-import rclpy
 from faulty_policy import FaultyPolicy
+from geometry_msgs.msg import PoseStamped
+from rcl_interfaces.srv import SetParametersAtomically
 from rclpy.clock import Clock, ClockType
+from rclpy.executors import SingleThreadedExecutor
+from rclpy.parameter import Parameter
+from rclpy.qos import qos_profile_sensor_data
 from ros_world import ANSWER_S, CAMERAS, JOINTS, ROOT, START_S, NodeProcess
 from rosgraph_msgs.msg import Clock as ClockMsg
+from soak_arms import DT_S, INITIAL, NS, POSITION, REACH, SETUPS, Setup
 from std_msgs.msg import String
 from std_srvs.srv import SetBool, Trigger
 from task_world import TaskWorld
-from trajectory_msgs.msg import JointTrajectory
 
-from specprune_ros.msg import StreamerStatus, VlaStatus
+from specprune_ros.msg import ExecutedAction, StreamerStatus, VlaStatus
 from specprune_ros.ros import conversions, qos
 from specprune_ros.ros.arguments import ros_arguments
 from specprune_ros.ros.lifecycle import LifecycleClient
@@ -43,13 +48,14 @@ from specprune_ros.tasks import NodeState
 from specprune_ros.types import ActionSpace
 
 VLA, STREAMER = 'vla_node', 'action_streamer'
-DT_S, HORIZON, NS = 0.05, 16, 1_000_000_000
-POSITION, REACH, INITIAL = 1.0, 0.08, 0.2  # rad: limits; REACH is that of velocity_max
+HORIZON = 16
 MEASURED_S = 0.5
 SPEED = 2.0  # simulated seconds per second
 TICK_S = 0.01
+LAGS = 300  # ticks that tell how busy the machine is
 DRAIN_S = 0.15  # what was on the wire has arrived by then
 DEADLINE_S = 0.4
+ASKED = 4  # times at most, for an answer of action_streamer
 HERE = Path(__file__).resolve().parent
 ROBOT = {
     'use_sim_time': True,
@@ -57,13 +63,8 @@ ROBOT = {
     'robot.joint_names': list(JOINTS),
     'robot.horizon': HORIZON,
     'robot.step_dt_s': DT_S,
-    'robot.action_space': 'joint_position',
-    'robot.action_names': list(JOINTS),
-    'robot.action_units': ['rad'],
     'robot.action_min': [-3.0],
     'robot.action_max': [3.0],
-    'robot.translation_names': [''],
-    'robot.rotation_names': [''],
 }
 VLA_PARAMETERS = {
     **ROBOT,
@@ -76,16 +77,15 @@ VLA_PARAMETERS = {
 }
 STREAMER_PARAMETERS = {
     **ROBOT,
-    'stream.output': 'joint_trajectory',
     'stream.dry_run': False,
-    'stream.on_stall': 'stop',  # without points: told apart from a command
     'stream.max_state_age_s': MEASURED_S,
     'stream.peer_timeout_s': 0.8,
+    'stream.translation_unit_m': 0.05,
+    'stream.rotation_unit_rad': 0.05,
     'limits.policy': 'clamp',
     'limits.position_min': [-POSITION],
     'limits.position_max': [POSITION],
     'limits.velocity_max': [REACH / DT_S],
-    'limits.max_step': [0.1],
     'limits.max_initial_step': INITIAL,
 }
 # Exceptions that the policy raises on purpose; a node logs each with its traceback.
@@ -96,7 +96,7 @@ ON_PURPOSE = re.compile(r'^\S*(ZeroDivisionError|OutOfMemoryError): ', re.MULTIL
 
 
 class SoakPolicy(FaultyPolicy):
-    """Swings all action elements slowly; mode `wild` asks for anything between -3 and 3.
+    """Swings all that the actions move slowly; mode `wild` asks for anything between -3 and 3.
 
     Args:
         config, mode: as FaultyPolicy.
@@ -117,12 +117,20 @@ class SoakPolicy(FaultyPolicy):
         chunk = super()._chunk(observation, value)
         rows_count, width = chunk.data.shape
         steps = observation.stamp_ns / NS + DT_S * np.arange(1, rows_count + 1)[:, None]
-        rows = 0.3 * np.sin(0.5 * steps + np.arange(width)) + value
+        phase, space = 0.5 * steps + np.arange(width), self.config.robot.action_space
+        if space == 'joint_position':
+            rows = 0.3 * np.sin(phase)
+        else:
+            rows = 0.15 * np.cos(phase) * (DT_S if space == 'joint_delta' else 1.0)
         if self._mode[0] == 'wild':
             rows = self._random.uniform(-3.0, 3.0, rows.shape)
-        space = ActionSpace[self.config.robot.action_space.upper()]
+        rows = rows + value
         return dataclasses.replace(
-            chunk, data=rows, normalized=rows, stand_in=False, space=int(space)
+            chunk,
+            data=rows,
+            normalized=rows,
+            stand_in=False,
+            space=int(ActionSpace[space.upper()]),
         )
 
 
@@ -190,59 +198,69 @@ class Wire:
     """Checks everything that reaches the arm; `wrong` holds what should not have come.
 
     Attributes:
-        joints: where the arm is: where it was told to go.
-        measured: simulated time and joints of every measurement lately.
-        idle_safeties: safety outputs before any command: a chunk was taken, and void at once.
+        arm: the robot's arm.
+        measured: simulated time and position of every measurement lately.
+        messages: messages to the arm.
+        stops: those that are seen to be no command.
+        idle_stops: stops before any command: a chunk was taken, and void at once.
+        rows, rests: executed actions: rows of chunks, and safety outputs.
         quiet_since: monotonic time from which on nothing may come; None: something may.
     """
 
-    def __init__(self):
-        self.joints = np.array([0.1, -0.2, 0.3])
-        self.measured: deque[tuple[int, np.ndarray]] = deque(maxlen=400)
-        self.commands = self.safeties = self.idle_safeties = 0
+    def __init__(self, setup: Setup):
+        self.messages = self.stops = self.idle_stops = 0
         self.quiet_since: float | None = None
-        self.last: np.ndarray | None = None  # command before, None: streaming begins
         self.last_s = 0.0  # when the newest message came
         self.wrong: list[str] = []
+        self.mount(setup)
 
-    def take(self, msg: JointTrajectory, now_ns: int) -> None:
+    def mount(self, setup: Setup) -> None:
+        """Another arm, of which nothing is known yet."""
+        self.setup, self.arm = setup, setup.arm(setup)
+        self.measured: deque[tuple[int, np.ndarray]] = deque(maxlen=400)
+        self.forget()
+
+    def forget(self) -> None:
+        """Streaming begins, by a streamer that reported nothing yet."""
+        self.last: np.ndarray | None = None  # command before
+        self.unreported = self.rows = self.rests = 0
+        self.quiet_since = None
+
+    def take(self, topic: str, msg: object, now_ns: int) -> None:
         """A message came."""
         self.last_s = time.monotonic()
+        self.messages += 1
+        self.unreported += 1
         self._expect(self.quiet_since is None, 'a message although all must be silent')
-        self._expect(tuple(msg.joint_names) == JOINTS, f'joints {msg.joint_names}')
-        if msg.points:
-            self._command(msg.points, now_ns)
-            self.commands += 1
-        else:
-            self.safeties += 1
-            self.idle_safeties += self.last is None
+        self._expect(topic == self.arm.TOPIC, f'{topic} instead of {self.arm.TOPIC}')
+        told = self.arm.read(msg, self._expect) if topic == self.arm.TOPIC else None
+        if told is None:
+            self.stops += 1
+            self.idle_stops += self.last is None
             self.last = None
-
-    def _command(self, points: list, now_ns: int) -> None:
-        numbers = [n for p in points for n in (*p.positions, *p.velocities, *p.accelerations)]
-        position = np.array(points[0].positions)
-        self._expect(len(points) == 1, f'{len(points)} points')
-        self._expect(position.shape == (3,), f'{len(position)} positions')
-        self._expect(bool(np.isfinite(numbers).all()), f'not finite: {numbers}')
-        self._expect(bool((np.abs(position) <= POSITION + 1e-9).all()), f'position {position}')
-        duration = points[0].time_from_start
-        self._expect(duration.sec * NS + duration.nanosec == round(DT_S * NS), f'{duration}')
-        self._check_step(position, now_ns)
-        self.joints = self.last = position
-
-    def _check_step(self, position: np.ndarray, now_ns: int) -> None:
-        if self.last is not None:
-            step = np.abs(position - self.last).max()
-            self._expect(step <= REACH + 1e-9, f'a step of {step:.4f} rad')
             return
         oldest = now_ns - round((MEASURED_S + DT_S) * NS)
-        recent = [joints for stamp, joints in self.measured if stamp >= oldest]
-        step = min((np.abs(position - joints).max() for joints in recent), default=np.inf)
-        self._expect(step <= min(REACH, INITIAL) + 1e-9, f'a first step of {step:.4f} rad')
+        recent = [at for stamp, at in self.measured if stamp >= oldest]
+        recent = recent or [self.arm.at]  # the clock has just jumped
+        self.arm.check(told, self.last, recent, self._expect)
+        self.arm.at = self.last = told.at
+
+    def report(self, msg: ExecutedAction) -> None:
+        """action_streamer said what it sent."""
+        self._expect(bool(np.isfinite(msg.data).all()), f'executed {msg.data}')
+        if not self.rows + self.rests:  # what was said before this listener was discovered is lost
+            self.unreported = min(self.unreported, 1)
+        if msg.chunk_id:
+            self.rows += 1
+        else:
+            self.rests += 1
+            still = self.setup.space == 'joint_position' or not np.any(msg.data)
+            self._expect(still, f'a safety output that moves: {msg.data}')
+        self.unreported -= 1
 
     def _expect(self, holds: bool, otherwise: str) -> None:
         if not holds:
-            self.wrong.append(f'message {self.commands + self.safeties + 1}: {otherwise}')
+            self.wrong.append(f'message {self.messages}, {type(self.arm).__name__}: {otherwise}')
 
 
 # The world ---------------------------------------------------------------------------------------
@@ -251,20 +269,24 @@ class Wire:
 class SoakWorld(TaskWorld):
     """The robot, the operator, and simulated time around both nodes."""
 
-    def __init__(self):
+    def __init__(self, setup: Setup = SETUPS[0]):
         self.sim_ns, self._tick_at_s, self._ticks = 1000 * NS, time.monotonic(), 0
         super().__init__('soak_world')
-        self.wire, self.streamer = Wire(), StreamerStatus()
+        self.setup, self._executor = setup, SingleThreadedExecutor()
+        self.wire, self.streamer = Wire(setup), StreamerStatus()
         self.spoil_image: Callable[[object], None] = lambda msg: None
         self.spoil_joints: Callable[[object], None] = lambda msg: None
+        self.spoil_pose: Callable[[object], None] = lambda msg: None
         self.sent: Counter[str] = Counter()  # spoilt messages by fault
         self.counts: dict[str, int] = {}  # what the policy did since its process started
         self.past_inferences = 0  # of processes that were killed
         self._random = np.random.default_rng(0)
+        self._lags: deque[float] = deque(maxlen=LAGS)
         self._stack = ExitStack()
         self.processes: dict[str, NodeProcess] = {}
         self.streamer_life = LifecycleClient(self, STREAMER)
         self._clock_pub = self.create_publisher(ClockMsg, '/clock', 10)
+        self._poses = self.create_publisher(PoseStamped, 'eef_pose', qos_profile_sensor_data)
         self._subscribe()
         steady = Clock(clock_type=ClockType.STEADY_TIME)
         self.create_timer(TICK_S, self._tick, clock=steady)
@@ -276,17 +298,25 @@ class SoakWorld(TaskWorld):
         def on_counts(msg: String) -> None:
             self.counts = json.loads(msg.data)
 
-        def on_trajectory(msg: JointTrajectory) -> None:
-            self.wire.take(msg, self.sim_ns)
-
         self.create_subscription(StreamerStatus, f'{STREAMER}/status', on_streamer, qos.LATCHED)
         self.create_subscription(String, f'{VLA}/counts', on_counts, qos.LATCHED)
         self.create_subscription(
-            JointTrajectory, 'joint_trajectory', on_trajectory, qos.EVERY_STEP
+            ExecutedAction, 'executed_action', self.wire.report, qos.EVERY_STEP
         )
+        for arm in {each.arm for each in SETUPS}:
+            self.create_subscription(
+                arm.KIND,
+                arm.TOPIC,
+                lambda msg, topic=arm.TOPIC: self.wire.take(topic, msg, self.sim_ns),
+                qos.EVERY_STEP,
+            )
         self._stream_clients = {
             name: self.create_client(kind, f'{STREAMER}/{name}')
             for name, kind in {'enable': SetBool, 'pause': SetBool, 'reset': Trigger}.items()
+        }
+        self._setters = {
+            node: self.create_client(SetParametersAtomically, f'{node}/set_parameters_atomically')
+            for node in (VLA, STREAMER)
         }
 
     # Processes --------------------------------------------------------------------------------
@@ -295,16 +325,21 @@ class SoakWorld(TaskWorld):
         return self
 
     def __exit__(self, *exc: object) -> None:
+        for process in self.processes.values():
+            dds_memory.kill(process.process)
         self._stack.close()
+        self._executor.shutdown(timeout_sec=0.0)
         self.destroy_node()
 
     def start(self, name: str, changes: dict[str, object] | None = None) -> None:
         """Start a node's process; it is unconfigured. `changes` are to its parameters."""
+        robot, changes = self.setup.robot(), changes or {}
         if name == VLA:
             self.counts = {}
-            process = SoakProcess({**VLA_PARAMETERS, **(changes or {})})
+            process = SoakProcess({**VLA_PARAMETERS, **robot, **changes})
         else:
-            process = NodeProcess('streamer_node', {**STREAMER_PARAMETERS, **(changes or {})})
+            given = {**STREAMER_PARAMETERS, **robot, **self.setup.stream(), **changes}
+            process = NodeProcess('streamer_node', given)
         self.processes[name] = self._stack.enter_context(process)
         # The dead are discovered for a while yet: only what it says itself shows that it is up.
         if name == VLA:
@@ -320,9 +355,7 @@ class SoakWorld(TaskWorld):
         """kill -9."""
         if name == VLA:
             self.past_inferences += self.counts.get('inferences', 0)
-        process = self.processes.pop(name).process
-        process.kill()
-        process.wait()
+        dds_memory.kill(self.processes.pop(name).process)
         self.statuses.pop(f'{name}: faults', None)
 
     def _said(self, name: str) -> VlaStatus | StreamerStatus:
@@ -336,6 +369,29 @@ class SoakWorld(TaskWorld):
             assert self.life(name).change(transition), (name, transition)
         if name == VLA:
             assert self.goals.wait_for_server(START_S)
+
+    def refit(self, setup: Setup) -> None:
+        """Another robot, while nothing moves: clean up, set the parameters, and come up again."""
+        for name in (STREAMER, VLA):
+            for transition in ('deactivate', 'cleanup'):
+                assert self.life(name).change(transition), (name, transition)
+        self.setup = setup
+        self.set_all(VLA, setup.robot())
+        self.set_all(STREAMER, {**setup.robot(), **setup.stream()})
+        self.drain()
+        self.wire.mount(setup)
+        for name in (VLA, STREAMER):
+            self.bring_up(name)
+
+    def set_all(self, node: str, values: dict[str, object]) -> None:
+        """Parameters that only fit each other together."""
+        parameters = [Parameter(name, value=value) for name, value in values.items()]
+        messages = [parameter.to_parameter_msg() for parameter in parameters]
+        client = self._setters[node]
+        assert self.run(START_S, client.service_is_ready), node
+        future = client.call_async(SetParametersAtomically.Request(parameters=messages))
+        assert self.run(ANSWER_S, future.done), node
+        assert future.result().result.successful, (node, future.result().result.reason)
 
     # Time and streams -------------------------------------------------------------------------
 
@@ -357,12 +413,15 @@ class SoakWorld(TaskWorld):
         while time.monotonic() < end:
             if until():
                 return True
-            rclpy.spin_once(self, timeout_sec=0.02)
+            # As in arm_world: rclpy.spin_once() would prefer timers for ever.
+            self._executor.add_node(self)
+            self._executor.spin_once(timeout_sec=0.02)
         return until()
 
     def _tick(self) -> None:
         """Time goes on; images and joints every other time."""
         now_s = time.monotonic()
+        self._lags.append(now_s - self._tick_at_s - TICK_S)
         # A test process that did not run for long must not make everything stale.
         self.sim_ns += round(min(now_s - self._tick_at_s, 0.05) * SPEED * NS)
         self._tick_at_s, self._ticks = now_s, self._ticks + 1
@@ -380,15 +439,21 @@ class SoakWorld(TaskWorld):
             self.cameras[camera].publish(msg)
 
     def _publish_joints(self) -> None:
-        """The measured joints in another order every time, with a stranger."""
+        """Joints, in another order every time and with a stranger, and the end effector's pose."""
         if 'joints' not in self.streams:
             return
-        values = {**dict(zip(JOINTS, self.wire.joints, strict=True)), 'stranger': 0.7}
+        arm = self.wire.arm
+        joints = arm.at if arm.MEASURED == 'joint' else np.zeros(len(JOINTS))
+        values = {**dict(zip(JOINTS, joints, strict=True)), 'stranger': 0.7}
         names = tuple(self._random.permutation(list(values)).tolist())
         msg = self.joint_state(names, [values[name] for name in names])
         self.spoil_joints(msg)
-        self.wire.measured.append((self.sim_ns, self.wire.joints.copy()))
+        self.wire.measured.append((self.sim_ns, arm.at.copy()))
         self.joints.publish(msg)
+        if arm.MEASURED == 'pose':
+            pose = conversions.pose_to_msg(arm.at, arm.turn, self.sim_ns, 'base_link')
+            self.spoil_pose(pose)
+            self._poses.publish(pose)
 
     # The operator -----------------------------------------------------------------------------
 
@@ -397,9 +462,11 @@ class SoakWorld(TaskWorld):
         client = self._stream_clients[service]
         assert self.run(START_S, client.service_is_ready), service
         request = Trigger.Request() if on is None else SetBool.Request(data=on)
-        future = client.call_async(request)
-        assert self.run(ANSWER_S, future.done), f'{service} was not answered'
-        return future.result().success, future.result().message
+        for _ in range(ASKED):  # an answer can be lost on a busy machine
+            future = client.call_async(request)
+            if self.run(ANSWER_S / ASKED, future.done):
+                return future.result().success, future.result().message
+        raise AssertionError(f'{service} was not answered')
 
     def stream_state(self) -> StreamState:
         return StreamState(self.streamer.state)
@@ -412,14 +479,14 @@ class SoakWorld(TaskWorld):
         """What an operator does until the arm moves again; how long that took, in s."""
         start = time.monotonic()
         self.wire.quiet_since = None
-        self.spoil_image = self.spoil_joints = lambda msg: None
+        self.spoil_image = self.spoil_joints = self.spoil_pose = lambda msg: None
         self.streams = {*CAMERAS, 'joints'}
         self.mode.publish(String(data='ok'))
-        goal = self.wire.commands + 3
-        while not (self.is_moving() and self.wire.commands >= goal):
+        goal = self.wire.rows + 3
+        while not (self.is_moving() and self.wire.rows >= goal):
             assert time.monotonic() - start < START_S, self.explain()
             self._help()
-            self.run(0.2, lambda: self.is_moving() and self.wire.commands >= goal)
+            self.run(0.2, lambda: self.is_moving() and self.wire.rows >= goal)
         return time.monotonic() - start
 
     def _help(self) -> None:
@@ -437,9 +504,29 @@ class SoakWorld(TaskWorld):
         elif self.stream_state() is StreamState.DISABLED:
             self.stream_call('enable', True)
 
+    def rest(self) -> None:
+        """End the task. All that went to the arm was reported, but stops that no action says."""
+        self.trigger('cancel_task')
+        moving = StreamState.STREAMING
+        assert self.run(ANSWER_S, lambda: self.stream_state() is not moving), self.explain()
+        self.drain()
+        # After a jump of the clock nobody knows at which positions the joints stop.
+        unsaid = self.setup.space == 'joint_position'
+        # Of the very first it cannot be told which message it was about.
+        assert unsaid or self.wire.unreported <= 1, (self.wire.unreported, self.explain())
+
+    def drain(self) -> None:
+        """Take in what is on the wire, on a machine that holds everybody up as it does this."""
+        self.run(DRAIN_S + 5 * self.lag_s)
+
+    @property
+    def lag_s(self) -> float:
+        """By how much this world's own timer comes late at its worst, but for single waits."""
+        return float(np.quantile(self._lags, 0.97)) if self._lags else 0.0
+
     def hush(self, seconds: float) -> None:
         """Nothing may reach the arm for some time, once what was on the wire is in."""
-        self.run(DRAIN_S)
+        self.drain()
         self.wire.quiet_since = time.monotonic()
         self.run(seconds)
 
@@ -450,14 +537,16 @@ class SoakWorld(TaskWorld):
         values = getattr(self.statuses.get(f'{node}: faults'), 'values', [])
         return {entry.key: int(entry.value) for entry in values if '(last)' not in entry.key}
 
-    def until_counted(self, code: str, *nodes: str, seconds: float = ANSWER_S) -> None:
-        """Go on until the nodes have counted a fault once more than now."""
-        before = {node: self.fault_counts(node).get(code, 0) for node in nodes}
+    def until_counted(self, codes: dict[str, str], seconds: float = ANSWER_S) -> None:
+        """Go on until every node of `codes` has counted its fault once more than now."""
+        before = {node: self.fault_counts(node).get(code, 0) for node, code in codes.items()}
 
         def rose() -> bool:
-            return all(self.fault_counts(node).get(code, 0) > n for node, n in before.items())
+            return all(
+                self.fault_counts(node).get(code, 0) > before[node] for node, code in codes.items()
+            )
 
-        assert self.run(seconds, rose), (code, before, self.explain())
+        assert self.run(seconds, rose), (codes, before, self.explain())
 
     def check(self) -> None:
         """Nothing forbidden was on the wire, and nobody died."""

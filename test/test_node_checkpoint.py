@@ -14,11 +14,11 @@ from ros_world import (  # noqa: E402
     CAMERAS,
     FAST_NODE,
     NodeProcess,
-    World,
     domain_fixture,
     refuse_to_configure,
     world_fixture,
 )
+from task_world import TaskWorld  # noqa: E402
 from test_tokenizer import llama_json  # noqa: E402
 
 pytestmark = [pytest.mark.ros, pytest.mark.golden, pytest.mark.timeout(180)]
@@ -47,7 +47,7 @@ def parameters(folder) -> dict[str, object]:
     }
 
 
-class Robot(World):
+class Robot(TaskWorld):
     """A robot whose joint state has the checkpoint's elements."""
 
     def joint_state(self, names=tuple(ELEMENTS), positions=(0.1,) * 8):
@@ -69,6 +69,10 @@ def test_broken_then_mended_then_every_method(folder, tmp_path):
         world.start()
         assert world.more_chunks(3), process.output()
         assert not world.chunks[-1].stand_in
+        assert world.run(5, lambda: bool(world.models))
+        assert world.models[-1].head == 'l1', 'the one that its files hold'
+        (dataset,) = json.loads((folder / 'dataset_statistics.json').read_text())
+        assert world.models[-1].unnorm_key == dataset, 'the only one there'
         assert world.reports[-1].method == 'specprune'
         assert world.reports[-1].fallback_reason == ''
         assert sum(world.reports[-1].tokens_kept) < 2 * 256

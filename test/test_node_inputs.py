@@ -1,7 +1,10 @@
 """An active vla_node under bad input and parameter changes: counted, explained, and it goes on."""
 
 import array
+import sys
+import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,13 +15,17 @@ rclpy = pytest.importorskip('rclpy', reason='no ROS here: source one, or run scr
 pytest.importorskip('specprune_ros.msg', reason='messages are not built: run scripts/setup.sh')
 
 from geometry_msgs.msg import PoseStamped  # noqa: E402
+from rclpy.qos import ReliabilityPolicy, qos_profile_sensor_data  # noqa: E402
 from ros_world import CAMERAS, FAST_NODE, NodeProcess, World, ros_domain  # noqa: E402
 from sensor_msgs.msg import Image  # noqa: E402
 from std_msgs.msg import String  # noqa: E402
 
 from specprune_ros.config_files import parameter_names  # noqa: E402
-from specprune_ros.inbox import POSE_NAMES  # noqa: E402
-from specprune_ros.ros import conversions  # noqa: E402
+from specprune_ros.health import Health  # noqa: E402
+from specprune_ros.inbox import POSE_NAMES, QueryTrigger  # noqa: E402
+from specprune_ros.msg import ModelInfo  # noqa: E402
+from specprune_ros.ros import conversions, qos, vla_diagnostics  # noqa: E402
+from specprune_ros.tasks import TaskMachine  # noqa: E402
 from specprune_ros.types import Mode  # noqa: E402
 
 pytestmark = [pytest.mark.ros, pytest.mark.timeout(180)]
@@ -75,15 +82,73 @@ def test_diagnostics_say_how_it_is(active):
     assert active.statuses['vla_node: inference'].hardware_id.startswith('tiny (stand-in')
 
 
-def test_overlay_has_the_image_header_and_a_legend(active):
+def test_diagnostics_never_ask_the_gpu_themselves(monkeypatch):
+    """The driver may make the caller wait for a running kernel: the executor must not ask it."""
+    asked = []
+
+    def allocated() -> int:
+        asked.append(threading.current_thread())
+        return 3 << 20
+
+    cuda = SimpleNamespace(
+        is_available=lambda: True,
+        is_initialized=lambda: True,
+        current_device=lambda: 0,
+        get_device_properties=lambda index: SimpleNamespace(total_memory=8 << 20),
+        memory_allocated=allocated,
+        memory_reserved=allocated,
+        max_memory_allocated=allocated,
+    )
+    monkeypatch.setitem(sys.modules, 'torch', SimpleNamespace(cuda=cuda))
+    health = Health()
+    infers = threading.Thread(target=health.look_at_memory)
+    infers.start(), infers.join()
+    shot = vla_diagnostics.Snapshot(
+        name='vla_node', now_ns=0, state='active', machine=TaskMachine(lambda end: None),
+        health=health, inbox=None, dense=False, has_reader=None, peer='absent',
+    )  # fmt: skip
+    values = {v.key: v.value for line in vla_diagnostics.lines(shot) for v in line.values}
+    assert values['gpu memory allocated MiB'] == '3'
+    assert values['gpu memory total MiB'] == '8'
+    assert set(asked) == {infers}
+
+
+def test_model_info_says_what_runs_not_what_was_asked_for(active):
     got = []
-    subscription = active.create_subscription(Image, 'vla_node/overlay/side', got.append, 10)
+    subscription = active.create_subscription(
+        ModelInfo, 'vla_node/model_info', got.append, qos.LATCHED
+    )
+    assert active.run(5, lambda: bool(got))
+    active.destroy_subscription(subscription)
+    assert (got[0].head, got[0].dtype, got[0].device) == ('l1', 'float32', 'cpu')
+
+
+def test_overlay_has_the_image_header_and_a_legend(active):
+    got, topic = [], 'vla_node/overlay/side'
+    subscription = active.create_subscription(Image, topic, got.append, qos_profile_sensor_data)
+    (publisher,) = active.get_publishers_info_by_topic(topic)
+    assert publisher.qos_profile.reliability == ReliabilityPolicy.BEST_EFFORT, 'as images are'
     assert active.run(10, lambda: len(got) >= 2)
     active.destroy_subscription(subscription)
     assert got[-1].header.frame_id == 'camera_optical_frame'
     assert got[-1].encoding == 'rgb8'
     assert got[-1].width >= 448
     assert len(got[-1].data) == got[-1].height * got[-1].step
+
+
+def test_a_query_that_falls_due_amid_the_images_of_a_set_takes_that_set():
+    """Bug: it waited for the next images, a frame longer, and then took most of them old."""
+    trigger, period_ns = QueryTrigger(CAMERAS, 200_000_000), 200_000_000
+    trigger.start(0)
+    trigger.queried(0)
+    assert not trigger.image('wrist', period_ns - 1)
+    assert trigger.image('side', period_ns + 1)
+    trigger.queried(period_ns + 1)
+    for stamp_ns in (period_ns + 2, period_ns + 3):
+        assert not trigger.image('wrist', stamp_ns)
+    assert not trigger.image('side', period_ns + 4), 'it is not due'
+    assert not trigger.image('wrist', 3 * period_ns), 'the other image is of an older set'
+    assert trigger.image('side', 3 * period_ns)
 
 
 # Bad input: one clear message, counted, and the node goes on ------------------------------------

@@ -309,7 +309,7 @@ def test_a_run_of_the_real_node_is_computed_again(tmp_path, capsys):
     from specprune_ros.ros.parameter_snapshot import snapshot
 
     path = tmp_path / 'live'
-    # The report of a chunk that came too late is not published: a busy machine must not matter.
+    # A late query has a report and no chunk: a busy machine must not matter.
     patient = {**ros_world.FAST_NODE, 'runtime.max_result_age_s': 20.0}
     with ros_world.ros_domain(17), ros_world.NodeProcess('vla_node', patient) as node:
         world, recorder = ros_world.World(), rclpy.create_node('recorder')

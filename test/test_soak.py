@@ -1,6 +1,11 @@
 """Both nodes under random faults for a long time: nothing unsafe, nothing lost, nothing leaks.
 
+One robot, output and way to stop after the other, in an order that the seed draws: the full soak
+takes all of them, the short one a joint trajectory at positions, one of displacements or speeds, a
+pose and a twist.
+
 The full soak: SPECPRUNE_SOAK=10000 python -m pytest test/test_soak.py -s
+Another one: SPECPRUNE_SEED=8
 """
 
 from __future__ import annotations
@@ -17,6 +22,7 @@ rclpy = pytest.importorskip('rclpy', reason='no ROS here: source one, or run scr
 pytest.importorskip('specprune_ros.msg', reason='messages are not built: run scripts/setup.sh')
 
 from ros_world import ANSWER_S, CAMERAS, ros_domain  # noqa: E402
+from soak_arms import SETUPS, Setup  # noqa: E402
 from soak_world import (  # noqa: E402
     DEADLINE_S,
     STREAMER,
@@ -31,8 +37,18 @@ from specprune_ros.streaming.states import StreamState  # noqa: E402
 from specprune_ros.tasks import NodeState  # noqa: E402
 
 pytestmark = [pytest.mark.ros, pytest.mark.slow]
-INFERENCES, SEED = int(os.environ.get('SPECPRUNE_SOAK', 400)), 7
+INFERENCES = int(os.environ.get('SPECPRUNE_SOAK', 400))
+SEED = int(os.environ.get('SPECPRUNE_SEED', 7))
 LEAK_MB = 1.0  # per 1,000 inferences
+FULL = 5000  # inferences from which on a soak takes every robot
+# Of a short soak: what tells the arms apart.
+KINDS = (
+    lambda setup: setup.space == 'joint_position',
+    lambda setup: setup.space in ('joint_delta', 'joint_velocity'),
+    lambda setup: setup.output == 'pose',
+    lambda setup: setup.output == 'twist',
+)
+ON_STALL = ('stop', 'hold')
 WARM_UP = 300  # inferences of a process before which its memory may grow
 MEASURABLE = 1500  # fewer do not tell a leak from an allocator's next page
 PEER_GONE_S = 0.8 + 0.5  # stream.peer_timeout_s, and what a busy machine of two cores adds
@@ -99,6 +115,11 @@ class Soak:
     def short_s(self) -> float:
         return float(self.random.uniform(0.1, 0.4))
 
+    @property
+    def measured(self) -> str:
+        """What action_streamer measures, as in fault codes."""
+        return self.world.wire.arm.MEASURED
+
     # Inputs -----------------------------------------------------------------------------------
 
     def inject_corrupt_image(self) -> None:
@@ -107,27 +128,37 @@ class Soak:
             self.most[VLA, 'image_truncated'] += 1
 
         self.world.spoil_image = spoil
-        self.counted('image_truncated', VLA)
+        self.counted({VLA: 'image_truncated'})
 
     def inject_dropped_images(self) -> None:
         self.world.streams.discard(str(self.random.choice(CAMERAS)))
-        self.counted('camera_stale', VLA)
+        self.counted({VLA: 'camera_stale'})
 
-    def inject_nan_joints(self) -> None:
+    def inject_nan_measurement(self) -> None:
         def spoil(msg) -> None:
             msg.position[int(self.random.integers(len(msg.position)))] = np.nan
-            for node in BOTH:
+            for node in BOTH if self.measured == 'joint' else (VLA,):
                 self.most[node, 'joint_not_finite'] += 1
 
-        self.world.spoil_joints = spoil
-        self.counted('joint_not_finite', *BOTH)
+        def spoil_pose(msg) -> None:
+            msg.pose.position.y = np.nan
+            self.most[STREAMER, 'pose_not_finite'] += 1
+
+        self.world.spoil_joints, self.world.spoil_pose = spoil, spoil_pose
+        self.counted({VLA: 'joint_not_finite', STREAMER: f'{self.measured}_not_finite'})
 
     def inject_missing_joint(self) -> None:
+        """Or an orientation that is none."""
+
         def spoil(msg) -> None:
             msg.name = ['another' if name == 'j2' else name for name in msg.name]
 
-        self.world.spoil_joints = spoil
-        self.counted('joint_missing', *BOTH)
+        def spoil_pose(msg) -> None:
+            msg.pose.orientation.w += 2.0
+
+        self.world.spoil_joints, self.world.spoil_pose = spoil, spoil_pose
+        code = 'joint_missing' if self.measured == 'joint' else 'pose_quaternion'
+        self.counted({VLA: 'joint_missing', STREAMER: code})
 
     def inject_silent_joints(self) -> None:
         self.world.streams.discard('joints')
@@ -241,14 +272,14 @@ class Soak:
         killed_s = time.monotonic()
         assert world.run(ANSWER_S, lambda: name == STREAMER or not world.is_moving())
         world.hush(1.0)
-        assert world.wire.last_s - killed_s < PEER_GONE_S
+        assert world.wire.last_s - killed_s < PEER_GONE_S + 5 * world.lag_s
         self.forget(name)
         if name == STREAMER:
             self.least[VLA, 'peer_gone'] += 1
         world.start(name)
         self.lives.births[name] += 1
         self.injected[f'kill -9 {name}'] += 1
-        world.wire.quiet_since = world.wire.last = None
+        world.wire.forget()
         world.bring_up(name)
 
     def forget(self, name: str) -> None:
@@ -257,11 +288,20 @@ class Soak:
             for key in [key for key in counts if key[0] == name]:
                 del counts[key]
 
+    # Another robot ----------------------------------------------------------------------------
+
+    def refit(self, setup: Setup) -> None:
+        """Both nodes are configured for it."""
+        self.world.recover()
+        self.world.rest()
+        self.world.refit(setup)
+
     # Bookkeeping ------------------------------------------------------------------------------
 
-    def counted(self, code: str, *nodes: str) -> None:
-        self.world.until_counted(code, *nodes)
-        for node in nodes:
+    def counted(self, codes: dict[str, str]) -> None:
+        """Go on until every node has counted its fault."""
+        self.world.until_counted(codes)
+        for node, code in codes.items():
             self.least[node, code] += 1
 
     def stays_silent(self) -> None:
@@ -271,6 +311,7 @@ class Soak:
         self.world.hush(self.short_s())
 
     def episode(self, name: str) -> None:
+        self.world.recover()
         self.injected[name.removeprefix('inject_')] += 1
         getattr(self, name)()
         self.world.recover()
@@ -282,7 +323,7 @@ class Soak:
         """Every fault that was injected was counted."""
         world = self.world
         world.recover()
-        world.trigger('cancel_task')
+        world.rest()
         world.run(2.5)  # /diagnostics come once a second
         policy = {'raise': 'inference', 'nan': 'action', 'oom': 'out_of_memory'}
         exact = dict(self.exact)
@@ -300,23 +341,38 @@ class Soak:
 FAULTS = [name for name in vars(Soak) if name.startswith('inject_')]
 
 
+def plan(random: np.random.Generator, inferences: int) -> list[tuple[Setup, list[str]]]:
+    """The robots of a soak in their order, each with its faults."""
+    drawn = [SETUPS[i] for i in random.permutation(len(SETUPS))]
+    if inferences >= FULL:
+        return [(setup, random.permutation(FAULTS).tolist()) for setup in drawn]
+    stops = random.permutation(len(KINDS)) % 2
+    few = [
+        next(each for each in drawn if is_one(each) and each.on_stall == ON_STALL[stop])
+        for is_one, stop in zip(KINDS, stops, strict=True)
+    ]
+    shares = np.array_split(random.permutation(FAULTS), len(few))
+    return [(setup, share.tolist()) for setup, share in zip(few, shares, strict=True)]
+
+
 def soak(seed: int, inferences: int) -> Soak:
     """Random faults until there were so many inferences, and every fault at least once."""
-    with SoakWorld() as world:
+    robots = plan(np.random.default_rng(seed), inferences)
+    deaths = {len(robots) // 3: STREAMER, 2 * len(robots) // 3: VLA}
+    with SoakWorld(robots[0][0]) as world:
         run = Soak(world, seed)
         for name in BOTH:
             world.start(name)
             world.bring_up(name)
-        world.recover()
-        deaths = {inferences // 3: STREAMER, 2 * inferences // 3: VLA}
-        deck = list(run.random.permutation(FAULTS))
-        while deck or world.inferences < inferences:
-            due = [at for at in deaths if world.inferences >= at]
-            if due:
-                run.kill(deaths.pop(due[0]))
-                world.recover()
-            deck = deck or list(run.random.permutation(FAULTS))
-            run.episode(deck.pop())
+        for index, (setup, deck) in enumerate(robots):
+            if index:
+                run.refit(setup)
+            if index in deaths:
+                run.kill(deaths[index])
+            run.injected[f'robot: {setup}'] += 1
+            while deck or world.inferences < inferences * (index + 1) / len(robots):
+                deck = deck or run.random.permutation(FAULTS).tolist()
+                run.episode(deck.pop())
         run.reckon()
         for process in world.processes.values():
             assert process.stop()[0] == 0, process.output()
@@ -329,12 +385,12 @@ def test_soak():
     run = soak(SEED, INFERENCES)
     world, wire = run.world, run.world.wire
     seconds = time.monotonic() - start
-    print(f'{world.inferences} inferences, {wire.commands} commands in {seconds:.0f} s, load '
-          f'{os.getloadavg()[0]:.1f}; {sum(run.injected.values())} faults: {dict(run.injected)}; '
-          f'{wire.safeties} safety outputs, {wire.idle_safeties} of them before any command; '
-          'nothing forbidden on the wire')  # fmt: skip
+    print(f'seed {SEED}: {world.inferences} inferences, {wire.messages} messages to the arm in '
+          f'{seconds:.0f} s, load {os.getloadavg()[0]:.1f}; {sum(run.injected.values())} robots '
+          f'and faults: {dict(run.injected)}; {wire.stops} stops on the wire, {wire.idle_stops} '
+          'of them before any command; nothing forbidden on the wire')  # fmt: skip
     assert world.inferences >= INFERENCES
-    assert wire.commands > 100
+    assert wire.messages > 100
     for life, (slope, count, threads, files) in run.lives.growth().items():
         if count == 0:
             continue  # killed before it was warm

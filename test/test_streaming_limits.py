@@ -17,6 +17,7 @@ from streaming_world import (
 
 from specprune_ros.config_files import load_config
 from specprune_ros.errors import ConfigError
+from specprune_ros.models import MODELS
 from specprune_ros.streaming.config import StreamerConfig
 from specprune_ros.streaming.limits import Limits
 from specprune_ros.streaming.streamer import Safety
@@ -294,6 +295,15 @@ def test_limits_and_outputs_that_do_not_fit(base, changes, field):
     with pytest.raises(ConfigError) as caught:
         config_of(base, **changes)
     assert caught.value.field == field
+
+
+def test_a_frozen_prefix_is_refused_by_the_names_of_the_models():
+    with pytest.raises(ConfigError) as caught:
+        config_of(JOINT_ROBOT, stream__blending='frozen_prefix')
+    published = [name for name, module in MODELS.items() if module.endswith('_checkpoint')]
+    assert published
+    for name in published:
+        assert name in str(caught.value)
 
 
 @pytest.mark.parametrize(

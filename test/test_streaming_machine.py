@@ -204,6 +204,7 @@ class Machine(RuleBasedStateMachine):
             assert not self.silent or self.streamed, 'a second safety output'
             self.silent, self.streamed = True, False
             self.check_safe(output.target)
+            self.check_rest(output)
             self.before = None
             return
         assert isinstance(output, Command)
@@ -231,6 +232,18 @@ class Machine(RuleBasedStateMachine):
         base = self.at if self.before is None else self.before
         assert (np.abs(sent - base) <= step + ROUNDING).all()
         self.before = sent
+
+    def check_rest(self, safety: Safety) -> None:
+        """Said of the safety output: no row of a chunk, of an epoch before or now, no motion."""
+        executed = safety.executed
+        if executed is None:
+            return
+        assert executed.chunk_id == 0
+        assert 0 < executed.epoch <= self.epoch
+        if self.robot.action_space == 'joint_position':
+            assert ((executed.data >= LOW) & (executed.data <= HIGH)).all()
+        else:
+            assert not executed.data.any()
 
     def check_safe(self, target) -> None:
         if len(target.positions):

@@ -64,7 +64,6 @@ def test_a_joint_target_is_reached_one_control_period_later():
     command = only(World(), ramp(0.01))
     assert command.target.names == JOINTS
     assert command.target.duration_s == pytest.approx(DT_S)
-    assert command.target.velocities is None
     assert command.gripper is None
 
 

@@ -15,6 +15,7 @@ from streaming_world import (
     steps,
 )  # fmt: skip
 
+from specprune_ros.checks import executed_displacement
 from specprune_ros.streaming.streamer import Safety, Streamer
 
 ARM = [0, 1, 2]
@@ -362,7 +363,23 @@ def test_the_newest_measurement_counts():
     assert len(world.tick(fresh=False)) == 1
 
 
-@pytest.mark.parametrize(('base', 'code'), [(JOINT_ROBOT, 'joint'), (CARTESIAN_ROBOT, 'pose')])
+TWIST_ROBOT = {**CARTESIAN_ROBOT, 'stream.output': 'twist'}
+VELOCITY_ROBOT = {
+    **JOINT_ROBOT, 'robot.action_space': 'joint_velocity', 'limits.velocity_max': [1.0],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ('base', 'code'),
+    [
+        (JOINT_ROBOT, 'joint'),
+        (VELOCITY_ROBOT, 'joint'),
+        (CARTESIAN_ROBOT, 'pose'),
+        (TWIST_ROBOT, 'pose'),
+        ({**TWIST_ROBOT, 'stream.twist': 'unitless'}, 'pose'),
+    ],
+    ids=['joints', 'joint speeds', 'pose', 'twist', 'twist unitless'],
+)
 def test_nothing_moves_without_a_fresh_measurement(base, code):
     world = World(base)
     world.now += 300 * MS
@@ -379,20 +396,17 @@ def test_nothing_moves_without_a_fresh_measurement(base, code):
     assert empty.faults == [f'{code}_missing']
 
 
-def test_a_twist_needs_no_measurement_unless_positions_are_limited():
-    changes = {'stream__output': 'twist'}
-    world = World(CARTESIAN_ROBOT, **changes)
-    world.order('deactivate')
-    world.order('activate')
-    world.order('enable', True)
-    world.streamer.put_peer(True, world.epoch, world.now, world.now)
-    assert world.put()
-    assert len(world.tick(fresh=False)) == 1
-    changes |= {'limits__position_min': [-1.0], 'limits__position_max': [1.0]}
-    world = World(CARTESIAN_ROBOT, **changes)
-    world.now += 300 * MS
-    world.streamer.put_peer(True, world.epoch, world.now, world.now)
-    assert not world.put()
+@pytest.mark.parametrize('base', [VELOCITY_ROBOT, TWIST_ROBOT], ids=['joints', 'twist'])
+def test_speeds_end_when_the_measurement_is_stale(base):
+    world = World(base)
+    world.put()
+    world.tick(2)
+    for _ in range(6):
+        world.streamer.put_peer(True, world.epoch, world.now, world.now)
+        world.tick(fresh=False)
+    assert world.state == 'STALLED'
+    assert world.faults[0].endswith('_stale')
+    assert len(world.safeties) == 1
 
 
 def test_streaming_ends_when_the_measurement_is_stale_and_begins_again():
@@ -648,6 +662,20 @@ def test_an_emergency_stop_outlives_deactivation():
     assert world.state == 'STOPPED'
 
 
+def test_an_emergency_stop_outlives_its_configuration():
+    before = World()
+    before.order('e_stop', True)
+    before.order('e_stop', False)
+    before.order('deactivate')
+    stopped = before.streamer.is_stopped
+    streamer = Streamer(before.config, lambda code, message: None, stopped=stopped)
+    streamer.activate(before.now)
+    assert streamer.state.name == 'STOPPED'
+    assert not streamer.enable(True, before.now)[0]
+    assert streamer.reset(before.now)[0]
+    assert (streamer.state.name, streamer.is_stopped) == ('DISABLED', False)
+
+
 def test_an_emergency_stop_that_came_before_activation_counts():
     world = World(enabled=False)
     world.order('e_stop', True)
@@ -729,6 +757,60 @@ def test_hold_stop_and_none():
         assert twist.frame_id == 'base_link'
     for base in (JOINT_ROBOT, CARTESIAN_ROBOT):
         assert safety_of(base, 'none').target is None
+
+
+@pytest.mark.parametrize('how', ['hold', 'stop'])
+@pytest.mark.parametrize(
+    'base',
+    [
+        TWIST_ROBOT,
+        CARTESIAN_ROBOT,
+        VELOCITY_ROBOT,
+        {**JOINT_ROBOT, 'robot.action_space': 'joint_delta'},
+    ],
+    ids=['twist', 'pose', 'joint speeds', 'joint deltas'],
+)
+def test_a_safety_output_is_an_executed_action_that_stands_still(base, how):
+    safety = safety_of(base, how)
+    if safety.target is None:
+        assert safety.executed is None
+        return
+    executed = safety.executed
+    moving = 3 if base['stream.output'] == 'joint_trajectory' else 6
+    assert executed.data.tolist() == [0.0] * moving
+    assert (len(executed.units), 'gripper' in executed.names) == (moving, False)
+    assert (executed.epoch, executed.chunk_id, executed.step) == (3, 0, 0)
+    assert executed.dry_run == safety.dry_run
+    if moving == 6:
+        moved = executed_displacement(executed, config_of(base).robot)
+        assert not np.any(moved), 'the pruning controller sees motion'
+
+
+def test_a_safety_output_at_joint_positions_says_where():
+    """Of a stop that is the last command; of a stop before any, nobody knows."""
+    for how, said in (('hold', 0.02), ('stop', 0.01)):
+        world = World(stream__on_stall=how)
+        world.put(ramp(0.01))
+        world.tick()
+        world.joints[:] = 0.02
+        world.measure()
+        (safety,) = world.order('pause', True)
+        assert safety.executed.names == JOINTS
+        assert np.allclose(safety.executed.data, said)
+    world = World(stream__on_stall='stop')
+    world.put()
+    (safety,) = world.order('pause', True)
+    assert safety.target is not None
+    assert safety.executed is None
+
+
+def test_a_safety_output_after_a_jump_of_the_clock_belongs_to_the_task_before():
+    world = World(TWIST_ROBOT)
+    world.put()
+    world.tick()
+    world.now -= 60 * DT
+    (safety,) = world.streamer.tick(world.now)
+    assert safety.executed.epoch == world.epoch
 
 
 def test_hold_commands_nothing_beyond_a_limit():

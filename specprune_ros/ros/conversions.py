@@ -154,8 +154,6 @@ def joint_target_to_msg(target: JointTarget, stamp_ns: int) -> JointTrajectory:
         return msg
     point = JointTrajectoryPoint(time_from_start=to_duration(target.duration_s))
     point.positions = _doubles(target.positions)
-    if target.velocities is not None:
-        point.velocities = _doubles(target.velocities)
     msg.points = [point]
     return msg
 

@@ -59,7 +59,7 @@ class Watcher(Node):
         )
         for camera in cameras:
             self.create_subscription(
-                Image, f'vla_node/overlay/{camera}', self._overlay_callback(camera), 10
+                Image, f'vla_node/overlay/{camera}', self._overlay_callback(camera), qos.SENSOR
             )
 
     def complete(self, chunks: int) -> bool:

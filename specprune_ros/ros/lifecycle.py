@@ -1,13 +1,19 @@
-"""Drive another process's lifecycle node: what `ros2 lifecycle set` does, without ros2cli."""
+"""Lifecycle nodes, from both ends: transitions that never fail unseen, and a client of them."""
 
 from __future__ import annotations
 
 import time
+import traceback
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 import rclpy
 from lifecycle_msgs.msg import Transition
 from lifecycle_msgs.srv import ChangeState, GetState
+from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
 from rclpy.node import Node
+
+from specprune_ros.errors import SpecPruneError
 
 TRANSITIONS = {
     'configure': Transition.TRANSITION_CONFIGURE,
@@ -24,6 +30,96 @@ REACHES = {
 ASK_S = 10.0  # without an answer after which the state is looked at
 SERVICE_TIMEOUT_S = 20.0  # for the node to appear
 CALL_TIMEOUT_S = 120.0  # for a transition; configure loads the model
+SUCCESS, FAILURE, ERROR = (
+    TransitionCallbackReturn.SUCCESS,
+    TransitionCallbackReturn.FAILURE,
+    TransitionCallbackReturn.ERROR,
+)
+
+
+class ManagedNode(LifecycleNode, ABC):
+    """A lifecycle node whose transitions tell why they failed; rclpy would swallow that.
+
+    A configure that fails leaves the node unconfigured, an activate that fails inactive. Any other
+    transition that raises frees everything: the node is unconfigured, and can be configured again.
+    """
+
+    _broken = 'a transition callback raised'  # why the newest transition raised
+
+    @abstractmethod
+    def _set_up(self) -> None:
+        """Configure.
+
+        Raises:
+            SpecPruneError: what the user can mend.
+        """
+
+    @abstractmethod
+    def _start(self) -> None:
+        """Activate."""
+
+    @abstractmethod
+    def _halt(self) -> None:
+        """Undo `_start`, and be quick; also where it raised half-way, or never ran."""
+
+    @abstractmethod
+    def _tear_down(self) -> None:
+        """Undo `_set_up` and `_start`; also where one raised half-way, or never ran."""
+
+    @abstractmethod
+    def _fault(self, code: str, message: str, log: str = '') -> None:
+        """Count a fault, and log it: `log` instead of the message, where there is one."""
+
+    def on_configure(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """Set up; on failure the node stays unconfigured."""
+        return self._attempt('configure', self._set_up, self._tear_down)
+
+    def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """Start; on failure the node stays inactive."""
+        outcome = self._attempt('activate', self._start, self._halt)
+        return super().on_activate(state) if outcome is SUCCESS else outcome
+
+    def on_deactivate(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """Stop at once: nothing is published from here on."""
+        outcome = self._undo('deactivate', self._halt)
+        return super().on_deactivate(state) if outcome is SUCCESS else outcome
+
+    def on_cleanup(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """Free what configure took."""
+        return self._undo('cleanup', self._tear_down)
+
+    def on_shutdown(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """Stop and free, from any state."""
+        return self._undo('shutdown', self._tear_down)
+
+    def on_error(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """A transition raised: free everything and become unconfigured, to be configured again."""
+        self._fault('transition', f'transition from {state.label} = failed: {self._broken}')
+        self._tear_down()
+        return SUCCESS
+
+    def _attempt(
+        self, code: str, act: Callable[[], None], undo: Callable[[], None]
+    ) -> TransitionCallbackReturn:
+        try:
+            act()
+        except SpecPruneError as error:
+            self._fault(error.code, str(error))
+        except Exception as error:
+            self._fault(code, f'{type(error).__name__}: {error}', traceback.format_exc())
+        else:
+            return SUCCESS
+        undo()
+        return FAILURE
+
+    def _undo(self, name: str, act: Callable[[], None]) -> TransitionCallbackReturn:
+        try:
+            act()
+        except Exception as error:
+            self._broken = f'{name}: {type(error).__name__}: {error}'
+            self.get_logger().error(traceback.format_exc())
+            return ERROR
+        return SUCCESS
 
 
 class LifecycleClient:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import array
 import dataclasses
 import sys
 
@@ -15,7 +16,8 @@ from specprune_ros.config_files import from_mapping, other_nodes_axes, parameter
 from specprune_ros.streaming.config import StreamerConfig
 
 # rclpy's own parameters
-FOREIGN = ('use_sim_time', 'start_type_description_service', 'qos_overrides.')
+SIM_TIME = 'use_sim_time'
+FOREIGN = (SIM_TIME, 'start_type_description_service', 'qos_overrides.')
 INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
 
 
@@ -44,7 +46,7 @@ class Parameters:
         Raises:
             ConfigError: an unknown parameter was given, or a value is bad.
         """
-        values = {name: self._node.get_parameter(name).value for name in self._names}
+        values = {name: _plain(self._node.get_parameter(name)) for name in self._names}
         return from_mapping({**values, **self._bad, **self._unknown()}, self._defaults)
 
     def with_changes(self, parameters: list[Parameter]) -> PolicyConfig | StreamerConfig:
@@ -53,8 +55,8 @@ class Parameters:
         Raises:
             ConfigError: a changed value is bad, or the parameter unknown.
         """
-        changes = {p.name: p.value for p in parameters if not p.name.startswith(FOREIGN)}
-        values = {name: self._node.get_parameter(name).value for name in self._names}
+        changes = {p.name: _plain(p) for p in parameters if not p.name.startswith(FOREIGN)}
+        values = {name: _plain(self._node.get_parameter(name)) for name in self._names}
         return from_mapping({**values, **changes}, self._defaults)
 
     def accept(self, parameters: list[Parameter]) -> None:
@@ -88,6 +90,12 @@ class Parameters:
         except (ParameterException, TypeError, ValueError):
             self._bad[name] = self._given[name].value
             self._node.declare_parameter(name, value, descriptor, ignore_override=True)
+
+
+def _plain(parameter: Parameter) -> object:
+    """Its value; a list of numbers comes as an array once it was set by a service."""
+    value = parameter.value
+    return value.tolist() if isinstance(value, array.array) else value
 
 
 def describe(spec: dataclasses.Field) -> ParameterDescriptor:
@@ -126,8 +134,12 @@ def describe(spec: dataclasses.Field) -> ParameterDescriptor:
 
 
 def fixed_changes(parameters: list[Parameter], kind: type = PolicyConfig) -> list[Parameter]:
-    """Those parameters that may not change once the node is configured."""
-    fixed = []
+    """Those parameters that may not change once the node is configured.
+
+    The source of time is one of them: every stamp and deadline that the node holds is of the
+    former one.
+    """
+    fixed = [parameter for parameter in parameters if parameter.name == SIM_TIME]
     for parameter in parameters:
         axis, _, key = parameter.name.partition('.')
         field = getattr(axes_of(kind).get(axis), '__dataclass_fields__', {}).get(key)

@@ -16,12 +16,14 @@ try:
 except ImportError:  # Humble
     from rclpy.qos_event import PublisherEventCallbacks, SubscriptionEventCallbacks
 
-# What camera drivers and joint-state broadcasters publish; only the newest value matters. A
-# best-effort subscription also takes from a reliable publisher.
+# What camera drivers and joint-state broadcasters publish, and overlays; only the newest value
+# matters. A best-effort subscription also takes from a reliable publisher. A viewer that asks for
+# reliable images sees no overlay, and is told of as `qos_incompatible`: one that is slow, or
+# behind a bad network, must not make the node send a picture twice.
 SENSOR = QoSProfile(
     depth=1, history=HistoryPolicy.KEEP_LAST, reliability=ReliabilityPolicy.BEST_EFFORT
 )
-# Overlays and replayed inputs: any subscriber matches a reliable publisher.
+# Replayed inputs: any subscriber matches a reliable publisher.
 RELIABLE = QoSProfile(
     depth=1, history=HistoryPolicy.KEEP_LAST, reliability=ReliabilityPolicy.RELIABLE
 )
@@ -59,14 +61,19 @@ DIAGNOSTICS = QoSProfile(
 )
 
 
+# Of a publisher that nobody can fail to match. Every event costs the executor a hundredth of a
+# millisecond at every turn, and rclpy makes two for each topic unless it is told not to.
+NO_EVENTS = PublisherEventCallbacks(use_default_callbacks=False)
+
+
 def subscription_events(tell: Callable[[str], None]) -> SubscriptionEventCallbacks:
     """Tells the name of the policy in which a publisher is incompatible: nothing comes from it."""
-    return SubscriptionEventCallbacks(incompatible_qos=_telling(tell))
+    return SubscriptionEventCallbacks(incompatible_qos=_telling(tell), use_default_callbacks=False)
 
 
 def publisher_events(tell: Callable[[str], None]) -> PublisherEventCallbacks:
     """Tells the name of the policy in which a subscriber is incompatible: nothing reaches it."""
-    return PublisherEventCallbacks(incompatible_qos=_telling(tell))
+    return PublisherEventCallbacks(incompatible_qos=_telling(tell), use_default_callbacks=False)
 
 
 def _telling(tell: Callable[[str], None]) -> Callable[[object], None]:

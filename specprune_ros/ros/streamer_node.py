@@ -9,7 +9,6 @@ somebody configures, activates and enables it again.
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Callable
 
 from diagnostic_msgs.msg import DiagnosticArray
@@ -17,24 +16,26 @@ from geometry_msgs.msg import PoseStamped, TwistStamped
 from rcl_interfaces.msg import SetParametersResult
 from rclpy.clock import Clock, ClockType, JumpThreshold
 from rclpy.duration import Duration
-from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
 from rclpy.parameter import Parameter
 from sensor_msgs.msg import JointState
-from std_msgs.msg import Bool, Float64MultiArray
+from std_msgs.msg import Float64MultiArray
 from std_srvs.srv import SetBool, Trigger
 from trajectory_msgs.msg import JointTrajectory
 
 from specprune_ros import faults
-from specprune_ros.errors import ConfigError, SpecPruneError
+from specprune_ros.errors import ConfigError
 from specprune_ros.health import Health
 from specprune_ros.inbox import JOINTS, POSE
 from specprune_ros.msg import ActionChunk, ExecutedAction, StreamerStatus, VlaStatus
 from specprune_ros.ros import conversions, diagnostics, qos
+from specprune_ros.ros.e_stop import EmergencyStopInput
+from specprune_ros.ros.lifecycle import ManagedNode
 from specprune_ros.ros.params import Parameters, fixed_changes
 from specprune_ros.ros.process import spin_process
 from specprune_ros.ros.streamer_monitor import Arrivals, Monitor
 from specprune_ros.streaming.config import StreamerConfig
 from specprune_ros.streaming.streamer import Command, Output, Safety, Streamer, StreamState
+from specprune_ros.types import ExecutedAction as Executed
 
 CHUNKS, PEER = 'vla_node/action_chunk', 'vla_node/status'
 # stream.output -> message, topic, and how a target becomes that message
@@ -45,10 +46,9 @@ ROBOT_TOPICS = {
 }
 GRIPPER_TOPIC = 'gripper_command'
 ACK_S = 0.2  # longest wait for the last message to arrive, where nothing comes after it
-SUCCESS, FAILURE = TransitionCallbackReturn.SUCCESS, TransitionCallbackReturn.FAILURE
 
 
-class StreamerNode(LifecycleNode):
+class StreamerNode(ManagedNode):
     """Streams action chunks to a robot's controller.
 
     Subscribes: e_stop (when configured); when active vla_node/status, vla_node/action_chunk, and
@@ -65,10 +65,11 @@ class StreamerNode(LifecycleNode):
         self._settings = Parameters(self, StreamerConfig)
         self._config: StreamerConfig | None = None
         self._streamer: Streamer | None = None
+        self._was_stopped = False  # by an emergency stop, when the last configuration ended
         self._inputs: list = []  # subscriptions and the control timer, while active
         self._monitor: Monitor | None = None
         self._outputs: dict[str, object] = {}  # publishers, while configured
-        self._e_stop = None
+        self._e_stop: EmergencyStopInput | None = None
         self._jumps = None
         self._peer: VlaStatus | None = None
         self._shown: tuple = ()  # what the last change published
@@ -90,71 +91,29 @@ class StreamerNode(LifecycleNode):
 
     # Lifecycle -------------------------------------------------------------------------------
 
-    def on_configure(self, state: LifecycleState) -> TransitionCallbackReturn:
-        """Check the parameters, make publishers. On failure the node stays unconfigured."""
-        try:
-            self._set_up(self._settings.read())
-        except SpecPruneError as error:
-            self._fault(error.code, str(error))
-            return FAILURE
-        except Exception:  # rclpy would swallow the traceback
-            self._tear_down()
-            self._fault('configure', traceback.format_exc())
-            return FAILURE
-        stream = self._config.stream
-        sent = 'dry run, nothing leaves' if stream.dry_run else 'commands leave for the robot'
-        self.get_logger().info(f'output {stream.output}: {sent}')
-        return SUCCESS
-
-    def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
-        """Subscribe; nothing moves before `~/enable`. On failure the node stays inactive."""
-        try:
-            self._start()
-        except Exception:  # rclpy would swallow the traceback
-            self._stop()
-            self._fault('activate', traceback.format_exc())
-            return FAILURE
-        return super().on_activate(state)
-
-    def on_deactivate(self, state: LifecycleState) -> TransitionCallbackReturn:
-        """Stop at once: the safety output is the last message to the robot."""
-        self._stop()
-        return super().on_deactivate(state)
-
-    def on_cleanup(self, state: LifecycleState) -> TransitionCallbackReturn:
-        """Forget the configuration."""
-        self._tear_down()
-        return SUCCESS
-
-    def on_shutdown(self, state: LifecycleState) -> TransitionCallbackReturn:
-        """Stop and free, from any state."""
-        self._tear_down()
-        return SUCCESS
-
-    def on_error(self, state: LifecycleState) -> TransitionCallbackReturn:
-        """A transition raised: free everything and become unconfigured, to be configured again."""
-        self._fault('transition', f'a transition from {state.label} failed')
-        self._tear_down()
-        return SUCCESS
-
     def shut_down(self) -> bool:
         """What the process does last (see ros/process.py)."""
         self._tear_down()
         return True
 
-    def _set_up(self, config: StreamerConfig) -> None:
-        self._streamer = Streamer(config, self._fault)
+    def _set_up(self) -> None:
+        config = self._settings.read()
+        self._streamer = Streamer(config, self._fault, stopped=self._was_stopped)
         self._config, self._monitor = config, Monitor(config, self._streamer)
         stream = config.stream
         if stream.output in ROBOT_TOPICS:
             self._publish_on(ExecutedAction, 'executed_action', qos.EVERY_STEP)
         for topic, kind in self._robot_topics(config).items():
             self._publish_on(kind, topic, qos.COMMANDS)
-        self._e_stop = self._subscription(Bool, 'e_stop', self._on_e_stop, qos.LATCHED)
+        self._e_stop = EmergencyStopInput(
+            self, self._on_e_stop, lambda policy: self._on_incompatible('e_stop', policy)
+        )
         self._jumps = self.get_clock().create_jump_callback(
             JumpThreshold(min_forward=None, min_backward=Duration(nanoseconds=-1)),
             post_callback=self._on_jump,
         )
+        sent = 'dry run, nothing leaves' if stream.dry_run else 'commands leave for the robot'
+        self.get_logger().info(f'output {stream.output}: {sent}')
         self._publish_status()
 
     @staticmethod
@@ -180,7 +139,8 @@ class StreamerNode(LifecycleNode):
         self._inputs.append(self.create_timer(self._config.robot.step_dt_s, self._on_step))
         self._publish_status()
 
-    def _stop(self) -> None:
+    def _halt(self) -> None:
+        """Stop at once: the safety output is the last message to the robot."""
         for handle in self._inputs:
             destroy = self.destroy_timer if hasattr(handle, 'reset') else self.destroy_subscription
             destroy(handle)
@@ -194,14 +154,16 @@ class StreamerNode(LifecycleNode):
         self._publish_status()
 
     def _tear_down(self) -> None:
-        self._stop()
+        self._halt()
         for publisher in self._outputs.values():
             self.destroy_publisher(publisher)
         self._outputs.clear()
         if self._e_stop is not None:
-            self.destroy_subscription(self._e_stop)
+            self._e_stop.destroy()
         if self._jumps is not None:
             self._jumps.unregister()
+        if self._streamer is not None:
+            self._was_stopped = self._streamer.is_stopped
         self._streamer, self._config, self._monitor = None, None, None
         self._e_stop, self._jumps = None, None
         self._publish_status()
@@ -246,18 +208,16 @@ class StreamerNode(LifecycleNode):
         stamp_ns, pose = self._stamp(POSE, msg), conversions.pose_from_msg(msg)
         self._streamer.put_pose(stamp_ns, *pose, self._now_ns())
 
-    def _on_e_stop(self, msg: Bool) -> None:
-        self._send(self._streamer.e_stop(msg.data, self._now_ns()))
+    def _on_e_stop(self, on: bool) -> None:
+        self._send(self._streamer.e_stop(on, self._now_ns()))
 
     def _on_jump(self, jump) -> None:
         """Time went backwards or its source changed: the core is told before anything else."""
         self._send(self._streamer.tick(self._now_ns()))
 
     def _on_incompatible(self, topic: str, policy: str) -> None:
-        """A peer that cannot be heard; when it is the emergency stop, that counts as pressed."""
+        """A peer that cannot be heard."""
         self._fault('qos_incompatible', f'{topic}: a peer differs in {policy}, nothing passes')
-        if topic == 'e_stop':
-            self._send(self._streamer.e_stop(True, self._now_ns()))
 
     # The control loop ------------------------------------------------------------------------
 
@@ -283,6 +243,8 @@ class StreamerNode(LifecycleNode):
         self.get_logger().warning(f'stopped streaming: {safety.reason}')
         if not safety.dry_run:
             self._send_target(safety.target, now_ns)
+        if safety.executed is not None:
+            self._publish_executed(safety.executed)
 
     def _send_command(self, command: Command, now_ns: int) -> None:
         self._monitor.commands.count()
@@ -290,7 +252,10 @@ class StreamerNode(LifecycleNode):
             self._send_target(command.target, now_ns)
             if command.gripper is not None and GRIPPER_TOPIC in self._outputs:
                 self._outputs[GRIPPER_TOPIC].publish(conversions.gripper_to_msg(command.gripper))
-        self._outputs['executed_action'].publish(conversions.executed_to_msg(command.executed))
+        self._publish_executed(command.executed)
+
+    def _publish_executed(self, action: Executed) -> None:
+        self._outputs['executed_action'].publish(conversions.executed_to_msg(action))
 
     def _send_target(self, target: object, now_ns: int) -> None:
         """Publish a target, where there is one, and a publisher for it: not in dry run."""
@@ -403,10 +368,10 @@ class StreamerNode(LifecycleNode):
     def _now_ns(self) -> int:
         return self.get_clock().now().nanoseconds
 
-    def _fault(self, code: str, message: str) -> None:
+    def _fault(self, code: str, message: str, log: str = '') -> None:
         self._fault_shown = (faults.number(code), message)
         if self._health.fault(code, message):
-            self.get_logger().error(message)
+            self.get_logger().error(log or message)
 
 
 def main(args: list[str] | None = None) -> int:

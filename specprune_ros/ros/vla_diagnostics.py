@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from diagnostic_msgs.msg import DiagnosticStatus
 
 from specprune_ros.errors import ObservationError
-from specprune_ros.health import Health, gpu_memory
+from specprune_ros.health import Health
 from specprune_ros.inbox import Inbox
 from specprune_ros.ros.diagnostics import ERROR, OK, STALE, WARN, fault_status, status
 from specprune_ros.tasks import NodeState, TaskMachine
@@ -47,12 +47,11 @@ class Snapshot:
 def lines(shot: Snapshot) -> list[DiagnosticStatus]:
     """All status lines."""
     name, health = shot.name, shot.health
-    inference = {**health.inference(), **gpu_memory()}
     pruning = {**health.pruning(), 'dense': str(shot.dense).lower()}
     return [
         _task(shot),
         _inputs(shot),
-        status(f'{name}: inference', OK, shot.state, inference),
+        status(f'{name}: inference', OK, shot.state, health.inference()),
         status(f'{name}: pruning', OK, shot.state, pruning),
         status(f'{name}: output guard', OK, shot.state, health.guard()),
         _peers(shot),

@@ -10,6 +10,14 @@ from specprune_ros.msg import ModelInfo
 from specprune_ros.ros.conversions import to_duration, to_time
 from specprune_ros.types import ActionSpace
 
+# Class of an action head -> what model.head calls it. By name: torch is not imported here.
+HEADS = {
+    'L1RegressionHead': 'l1',
+    'DiffusionHead': 'diffusion',
+    'ParallelTokensHead': 'discrete',
+    'GreedyTokensHead': 'discrete',
+    'LatentActionHead': 'latent',
+}
 WEIGHTS = ('.safetensors', '.pt', '.bin')
 HEADER_BYTES = 1 << 16  # of a weight file that says nothing of its header's length
 MAX_HEADER_BYTES = 1 << 26  # more is no safetensors header
@@ -19,12 +27,13 @@ def model_info(policy, config: PolicyConfig, now_ns: int) -> ModelInfo:
     """What runs: the configuration, and what the loaded model says of itself."""
     info, robot = policy.model.info, config.robot
     device, dtype = _placed(policy.model)
+    from_files = bool(config.model.checkpoint) and not info.stand_in
     msg = ModelInfo(
         name=config.model.name,
         checkpoint=config.model.checkpoint,
         fingerprint=fingerprint(config.model.checkpoint),
-        unnorm_key=config.model.unnorm_key,
-        head=config.model.head,
+        unnorm_key=dataset(config) if from_files else config.model.unnorm_key,
+        head=head(policy.model) or config.model.head,
         method=config.pruning.method,
         device=device or config.model.device,
         dtype=dtype or config.model.dtype,
@@ -40,6 +49,23 @@ def model_info(policy, config: PolicyConfig, now_ns: int) -> ModelInfo:
     )
     msg.header.stamp, msg.header.frame_id = to_time(now_ns), robot.frame_id
     return msg
+
+
+def head(model) -> str:
+    """The action head that a loaded model has; empty where it does not show it."""
+    module = getattr(getattr(model, 'parts', None), 'action_head', None)
+    return HEADS.get(type(module).__name__, '')
+
+
+def dataset(config: PolicyConfig) -> str:
+    """The dataset whose statistics un-normalise, by the name it has in the checkpoint's folder.
+
+    Raises:
+        ConfigError, CheckpointError: as when the model is loaded.
+    """
+    from specprune_ros.models.openvla_folder import Folder
+
+    return Folder.open(config.model.checkpoint).statistics(config.model.unnorm_key)[0]
 
 
 def fingerprint(folder: str) -> str:

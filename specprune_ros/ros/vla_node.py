@@ -4,7 +4,8 @@ A lifecycle node. Threads: the executor's one thread runs callbacks, which only 
 task (tasks.py); the inference thread (worker.py) runs the policy and publishes; a third draws
 overlays while inference pauses. No callback waits for an inference, so services, parameters and
 deactivate are answered while one runs; cleanup and shutdown wait for it, STOP_S at the most.
-Configure takes as long as loading the model takes, and gives up when the process is told to end.
+Configure takes as long as loading the model takes, and gives up when the process is told to end;
+until then status and diagnostics go on, and services wait.
 """
 
 from __future__ import annotations
@@ -12,8 +13,6 @@ from __future__ import annotations
 import dataclasses
 import gc
 import threading
-import time
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -21,41 +20,36 @@ from typing import TYPE_CHECKING
 
 from diagnostic_msgs.msg import DiagnosticArray
 from rcl_interfaces.msg import SetParametersResult
-from rclpy.clock import Clock, ClockType, JumpThreshold, TimeJump
-from rclpy.duration import Duration
+from rclpy.clock import Clock, ClockType
 from rclpy.exceptions import InvalidTopicNameException
-from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
 from rclpy.parameter import Parameter
 from rclpy.validate_topic_name import validate_topic_name
-from std_msgs.msg import Bool
 from std_srvs.srv import SetBool
 
 from specprune_ros.config import PolicyConfig, PruneConfig
-from specprune_ros.errors import ConfigError, ObservationError, SpecPruneError
-from specprune_ros.health import Health, Presence
+from specprune_ros.errors import ConfigError, ObservationError
+from specprune_ros.health import Health
 from specprune_ros.loading import load_policy
 from specprune_ros.msg import VlaStatus
 from specprune_ros.ros import diagnostics, qos, vla_diagnostics
+from specprune_ros.ros.e_stop import EmergencyStopInput
+from specprune_ros.ros.lifecycle import ManagedNode
 from specprune_ros.ros.params import Parameters, fixed_changes
-from specprune_ros.ros.process import Mailbox, spin_process
+from specprune_ros.ros.process import Mailbox, Paced, spin_process
 from specprune_ros.ros.tasks import TaskServer
 from specprune_ros.ros.vla_inputs import mismatch
 from specprune_ros.ros.vla_once import InferOnceServer, OnceContext
 from specprune_ros.ros.vla_outputs import StatusPublisher
 from specprune_ros.ros.vla_pipeline import Pipeline, Surroundings
-from specprune_ros.tasks import NS, NodeState, TaskEnd, TaskMachine
-from specprune_ros.worker import InferenceWorker, LoadingThread
+from specprune_ros.ros.vla_watch import WATCH_S, Watchdogs
+from specprune_ros.tasks import NodeState, TaskEnd, TaskMachine
+from specprune_ros.worker import InferenceWorker, LoadingThread, fault_code
 
 if TYPE_CHECKING:
     from specprune_ros.policy import Policy
 
 STOP_S = 1.0  # how long cleanup waits for a running inference
-WATCH_S = 0.05  # how often deadlines are looked at
-READER_GRACE_S = 1.0  # discovery takes a while: nobody is missed before
-PEER_TIMEOUT_S = 1.0  # of action_streamer's heartbeat, five a second
-CLOCK_STEP_NS = 10_000_000  # a clock that is set back by less was corrected, and did not jump
 LAST_CALLS = 30  # turns of the executor in which the last answers leave
-SUCCESS, FAILURE = TransitionCallbackReturn.SUCCESS, TransitionCallbackReturn.FAILURE
 
 
 def warm_policy(config: PolicyConfig) -> Policy:
@@ -65,7 +59,7 @@ def warm_policy(config: PolicyConfig) -> Policy:
     return policy
 
 
-class VlaNode(LifecycleNode):
+class VlaNode(ManagedNode):
     """Runs a pruned VLA on the robot.
 
     Subscribes (when active): cameras/<name>/image_raw[/compressed] or the configured topics,
@@ -90,28 +84,21 @@ class VlaNode(LifecycleNode):
     ):
         # Undeclared ones are let through to `_on_parameters`, which refuses them with a reason.
         super().__init__(name, allow_undeclared_parameters=True, **kwargs)
-        self._stop, self._load = stop or threading.Event(), load
+        self._ending, self._load = stop or threading.Event(), load
         self._loading: LoadingThread | None = None
         self._health = Health()
         self._settings = Parameters(self, PolicyConfig)
         self._pipeline: Pipeline | None = None  # while configured
-        self._emergency: object | None = None  # likewise, subscription
+        self._held = PruneConfig(), False  # pruning before what waits, and whether it was dense
+        self._emergency: EmergencyStopInput | None = None  # likewise
         self._abandoned: list[InferenceWorker] = []
         self._ended: list[TaskEnd] = []
         self._machine = TaskMachine(self._ended.append)
         self._settled_epoch = 0
-        self._watched_ns = 0
         self._gate = threading.Lock()  # held while a chunk goes out, and to stop that
-        self._reader, self._peer = Presence(READER_GRACE_S), Presence(PEER_TIMEOUT_S)
         self._mailbox = Mailbox(self)
         self._make_servers()
         self._make_timers()
-        self._jumps = self.get_clock().create_jump_callback(
-            JumpThreshold(
-                min_forward=None, min_backward=Duration(nanoseconds=-1), on_clock_change=False
-            ),
-            post_callback=self._on_clock_jump,
-        )
         self.add_on_set_parameters_callback(self._on_parameters)
         for stranger, value in self._settings.strangers().items():
             error = ConfigError(stranger, value, 'unknown parameter, ignored')
@@ -120,7 +107,9 @@ class VlaNode(LifecycleNode):
         self.get_logger().info('up and unconfigured: configure and activate it')
 
     def _make_servers(self) -> None:
-        self._diagnostics = self.create_publisher(DiagnosticArray, '/diagnostics', qos.DIAGNOSTICS)
+        self._diagnostics = self.create_publisher(
+            DiagnosticArray, '/diagnostics', qos.DIAGNOSTICS, event_callbacks=qos.NO_EVENTS
+        )
         self._status = StatusPublisher(self, self._machine, lambda: self._health.newest_fault)
         self._tasks = TaskServer(
             self,
@@ -131,36 +120,45 @@ class VlaNode(LifecycleNode):
         )
         self._once = InferOnceServer(self, self._once_context)
         self.create_service(SetBool, '~/set_dense', self._on_set_dense)
+        self._around = Surroundings(
+            machine=self._machine,
+            acting=self._acting,
+            gate=self._gate,
+            mailbox=self._mailbox,
+            health=self._health,
+            fault=self._fault,
+            once=self._once,
+            instruction=self._on_instruction,
+            peer=lambda: self._watchdogs.peer_seen(),
+        )
+        self._watchdogs = Watchdogs(self, self._around, lambda: self._pipeline)
 
     def _make_timers(self) -> None:
         """In steady time: they must come even when simulated time stands still."""
-        periods = {
-            diagnostics.PERIOD_S: self._publish_diagnostics,
-            1.0 / VlaStatus.HEARTBEAT_HZ: self._on_heartbeat,
-            WATCH_S: self._on_watch,
-        }
+        periods = {**self._signs_of_life(), WATCH_S: self._watchdogs.look}
         steady = Clock(clock_type=ClockType.STEADY_TIME)
         for period_s, callback in periods.items():
             self.create_timer(period_s, callback, clock=steady)
 
+    def _signs_of_life(self) -> dict[float, Callable[[], None]]:
+        """Period in s -> what shows that the node lives."""
+        return {
+            diagnostics.PERIOD_S: self._publish_diagnostics,
+            1.0 / VlaStatus.HEARTBEAT_HZ: self._on_heartbeat,
+        }
+
     # Lifecycle -------------------------------------------------------------------------------
 
-    def on_configure(self, state: LifecycleState) -> TransitionCallbackReturn:
-        """Load the model, warm it up, make publishers. On failure the node stays unconfigured."""
-        try:
-            config = self._settings.read()
-            self._check_topics(config)
-            load = self._load  # a thread that is given up must not hold the node, see process.py
-            self._loading = LoadingThread(lambda: load(config))
-            policy = self._loading.wait(self._stop)
-            self._set_up(config, policy)
-        except SpecPruneError as error:
-            self._fault(error.code, str(error))
-            return FAILURE
-        except Exception:  # rclpy would swallow the traceback
-            self._fault('configure', traceback.format_exc())
-            self._tear_down()
-            return FAILURE
+    def _set_up(self) -> None:
+        config = self._settings.read()
+        self._check_topics(config)
+        # A thread that is given up must not hold the node, see process.py.
+        load, health = self._load, self._health
+        self._loading = LoadingThread(lambda: loaded(load, config, health))
+        # The executor is here, and its timers are not.
+        beats = [Paced(period_s, call) for period_s, call in self._signs_of_life().items()]
+        policy = self._loading.wait(self._ending, lambda: [beat() for beat in beats])
+        self._take(config, policy)
         info = policy.model.info
         self.get_logger().info(
             f'{info.name}: {info.parameters / 1e6:.1f} M parameters, cameras '
@@ -168,40 +166,15 @@ class VlaNode(LifecycleNode):
         )
         if info.stand_in:
             self.get_logger().warning('random stand-in weights: the actions mean nothing')
-        return SUCCESS
+        # Else now and then Python would look through all of torch's and the model's objects, for a
+        # fifth of a second in which no emergency stop is heard.
+        gc.collect()
+        gc.freeze()
 
-    def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
-        """Subscribe, so that tasks can start; on failure the node stays inactive."""
-        try:
-            with self._acting() as machine:
-                machine.activate()
-            self._pipeline.activate()
-        except Exception:  # rclpy would swallow the traceback
-            self._stop_inputs()
-            self._fault('activate', traceback.format_exc())
-            return FAILURE
-        return super().on_activate(state)
-
-    def on_deactivate(self, state: LifecycleState) -> TransitionCallbackReturn:
-        """Stop at once: nothing is published from here on, a running inference is discarded."""
-        self._stop_inputs()
-        return super().on_deactivate(state)
-
-    def on_cleanup(self, state: LifecycleState) -> TransitionCallbackReturn:
-        """Free the model."""
-        self._tear_down()
-        return SUCCESS
-
-    def on_shutdown(self, state: LifecycleState) -> TransitionCallbackReturn:
-        """Stop and free, from any state."""
-        self._tear_down()
-        return SUCCESS
-
-    def on_error(self, state: LifecycleState) -> TransitionCallbackReturn:
-        """A transition raised: free everything and become unconfigured, to be configured again."""
-        self._fault('transition', f'a transition from {state.label} failed')
-        self._tear_down()
-        return SUCCESS
+    def _start(self) -> None:
+        with self._acting() as machine:
+            machine.activate()
+        self._pipeline.activate()
 
     def shut_down(self) -> bool:
         """What the process does last (see ros/process.py); False when a thread would not end."""
@@ -214,7 +187,7 @@ class VlaNode(LifecycleNode):
 
     def destroy_node(self) -> None:
         """As rclpy's."""
-        self._jumps.unregister()
+        self._watchdogs.destroy()
         self._tasks.destroy()
         super().destroy_node()
 
@@ -226,53 +199,41 @@ class VlaNode(LifecycleNode):
             except InvalidTopicNameException as error:
                 raise ConfigError('robot.camera_topics', topic, str(error)) from error
 
-    def _set_up(self, config: PolicyConfig, policy: Policy) -> None:
-        around = Surroundings(
-            machine=self._machine,
-            acting=self._acting,
-            gate=self._gate,
-            mailbox=self._mailbox,
-            health=self._health,
-            fault=self._fault,
-            once=self._once,
-            instruction=self._on_instruction,
-            peer=lambda: self._peer.seen(time.monotonic()),
-        )
-        self._pipeline = Pipeline(self, config, policy, around)
+    def _take(self, config: PolicyConfig, policy: Policy) -> None:
+        self._pipeline = Pipeline(self, config, policy, self._around)
         self._status.dense, self._status.dry_run = False, config.runtime.dry_run
         self._tasks.timeout_s = config.runtime.task_timeout_s
-        self._emergency = self.create_subscription(
-            Bool,
-            'e_stop',
-            self._on_e_stop,
-            qos.LATCHED,
-            event_callbacks=qos.subscription_events(
-                lambda policy: self._fault('qos_incompatible', mismatch('e_stop', policy))
-            ),
-        )
         with self._acting() as machine:
             machine.configure(config.runtime.max_failures, config.runtime.input_timeout_s)
+        self._emergency = EmergencyStopInput(
+            self,
+            self._on_e_stop,
+            lambda policy: self._fault('qos_incompatible', mismatch('e_stop', policy)),
+        )
 
-    def _stop_inputs(self) -> None:
+    def _halt(self) -> None:
         with self._acting() as machine:
             machine.deactivate()
-        self._peer.forget()
+        self._watchdogs.forget_peer()
         if self._pipeline is not None:
             self._pipeline.deactivate()
 
     def _tear_down(self) -> None:
-        self._stop_inputs()
+        self._halt()
         self._once.give_up('the node was cleaned up')
+        emergency, self._emergency = self._emergency, None
+        if emergency is not None:
+            emergency.destroy()
         pipeline, self._pipeline = self._pipeline, None
-        if pipeline is not None:
-            self.destroy_subscription(self._emergency)
-            if not pipeline.destroy(STOP_S):
-                self._fault('hung', f'an inference did not end within {STOP_S:g} s; abandoned')
-                self._abandoned.append(pipeline.worker)
+        if pipeline is not None and not pipeline.destroy(STOP_S):
+            self._fault('hung', f'an inference did not end within {STOP_S:g} s; abandoned')
+            self._abandoned.append(pipeline.worker)
         self._abandoned = [worker for worker in self._abandoned if worker.is_alive]
         with self._acting() as machine:
             machine.cleanup()
+        self._health.forget_memory()
         del pipeline
+        gc.unfreeze()
         gc.collect()  # the model, and with it the GPU's memory
 
     # The task --------------------------------------------------------------------------------
@@ -303,31 +264,11 @@ class VlaNode(LifecycleNode):
         if refusal:
             raise ObservationError('instruction_refused', 'instruction', text, refusal)
 
-    def _on_e_stop(self, msg: Bool) -> None:
-        if msg.data and self._machine.state is not NodeState.STOPPED:
+    def _on_e_stop(self, on: bool) -> None:
+        if on and self._machine.state is not NodeState.STOPPED:
             self._fault('e_stop', 'e_stop = true: stopped until it is false and ~/reset is called')
         with self._acting() as machine:
-            machine.e_stop(msg.data)
-
-    def _on_clock_jump(self, jump: TimeJump) -> None:
-        self._went_back(jump.delta.nanoseconds)
-
-    def _watch_clock(self) -> None:
-        """rclpy tells of jumps of simulated time only; a system clock can be set back too."""
-        now_ns = self._now_ns()
-        if now_ns < self._watched_ns - CLOCK_STEP_NS:
-            self._went_back(now_ns - self._watched_ns)
-        self._watched_ns = now_ns
-
-    def _went_back(self, delta_ns: int) -> None:
-        self._watched_ns = self._now_ns()
-        if self._pipeline is None:
-            return
-        text = f'clock = {delta_ns / NS:.3f} s: went backwards, buffers are dropped'
-        self._fault('clock_jump', text)
-        self._pipeline.inbox.forget_inputs()
-        with self._acting() as machine:
-            machine.clock_jumped(delta_ns)
+            machine.e_stop(on)
 
     def _on_set_dense(self, request: SetBool.Request, response: SetBool.Response):
         """Bypass pruning, or prune again, from the next query on."""
@@ -335,16 +276,38 @@ class VlaNode(LifecycleNode):
         if not response.success:
             response.message = 'the node is not configured'
             return response
-        self._status.dense = request.data
-        self._pipeline.worker.set_pruning(self._pruning(self._pipeline.config))
+        self._set_pruning(self._pipeline.config.pruning, request.data)
         self._status.publish()
         return response
 
-    def _pruning(self, config: PolicyConfig) -> PruneConfig:
-        """The pruning parameters that hold: the configured ones, unless ~/set_dense says dense."""
-        if self._status.dense:
-            return dataclasses.replace(config.pruning, method='none')
-        return config.pruning
+    def _set_pruning(self, pruning: PruneConfig, dense: bool) -> None:
+        """From the next query on these parameters hold, but without a method where dense."""
+        worker = self._pipeline.worker
+        if not worker.pruning_waits:
+            self._held = self._pipeline.config.pruning, self._status.dense
+        self._status.dense = dense
+        refused = partial(self._on_pruning_refused, *self._held)
+        worker.set_pruning(
+            dataclasses.replace(pruning, method='none') if dense else pruning,
+            lambda error: self._mailbox.post(partial(refused, error)),
+        )
+
+    def _on_pruning_refused(self, held: PruneConfig, dense: bool, error: Exception) -> None:
+        """The policy did not take what was accepted: the parameters say again what holds."""
+        self._fault(fault_code(error), f'pruning = refused by the policy: {error}')
+        if self._pipeline is None:
+            return
+        refused = dataclasses.asdict(self._pipeline.config.pruning)
+        self._pipeline.config = dataclasses.replace(self._pipeline.config, pruning=held)
+        self._status.dense = dense
+        self.set_parameters(
+            [
+                Parameter(f'pruning.{name}', value=value)
+                for name, value in dataclasses.asdict(held).items()
+                if value != refused[name]
+            ]
+        )
+        self._status.publish()
 
     def _once_context(self) -> OnceContext | str:
         if self._pipeline is None:
@@ -356,40 +319,8 @@ class VlaNode(LifecycleNode):
         inbox, worker = self._pipeline.inbox, self._pipeline.worker
         return OnceContext(inbox, worker, instruction, self._machine.epoch)
 
-    # Watchdogs -------------------------------------------------------------------------------
-
     def _is_busy(self) -> bool:
         return self._pipeline is not None and self._pipeline.worker.busy_s > 0.0
-
-    def _on_watch(self) -> None:
-        self._watch_clock()
-        self._watch_inference()
-        if self._machine.task is not None:
-            with self._acting() as machine:
-                machine.tick(self._now_ns())
-        now_s = time.monotonic()
-        if self._machine.state is not NodeState.RUNNING:
-            self._reader.forget()
-        elif self._pipeline.has_reader or not self._reader.is_known:
-            self._reader.seen(now_s)
-        if self._reader.went(now_s):
-            self._fault('subscriber_gone', 'action_chunk = unread: nobody subscribes to it')
-        if self._peer.went(now_s):
-            self._fault('peer_gone', f'action_streamer = silent for {PEER_TIMEOUT_S:g} s')
-
-    def _watch_inference(self) -> None:
-        if self._pipeline is None or self._machine.is_hung:
-            return
-        busy_s = self._pipeline.worker.busy_s
-        deadline = self._pipeline.config.runtime.inference_deadline_s
-        if not self._pipeline.worker.is_alive:
-            busy_s = float('inf')
-        if busy_s > deadline:
-            message = f'inference = {busy_s:.2f} s: outlived its deadline of {deadline:g} s'
-            self._fault('hung', message)
-            with self._acting() as machine:  # first: its result is void before it has no owner
-                machine.hang(message)
-            self._once.give_up(message)
 
     def _on_heartbeat(self) -> None:
         self._status.publish(heartbeat=True)
@@ -408,7 +339,7 @@ class VlaNode(LifecycleNode):
                     parameter.name, parameter.value, 'is fixed once configured: clean up first'
                 )
             if pipeline is not None and config.pruning != pipeline.config.pruning:
-                pipeline.worker.set_pruning(self._pruning(checked_pruning(config)))
+                self._set_pruning(checked_pruning(config), self._status.dense)
         except ConfigError as error:
             self._fault(error.code, str(error))
             return SetParametersResult(successful=False, reason=str(error))
@@ -419,7 +350,6 @@ class VlaNode(LifecycleNode):
 
     def _publish_diagnostics(self) -> None:
         now_ns, pipeline = self._now_ns(), self._pipeline
-        peer = 'gone' if self._peer.is_gone(time.monotonic()) else 'alive'
         shot = vla_diagnostics.Snapshot(
             name=diagnostics.node_name(self),
             now_ns=now_ns,
@@ -429,7 +359,7 @@ class VlaNode(LifecycleNode):
             inbox=pipeline.inbox if pipeline is not None and pipeline.is_active else None,
             dense=self._status.dense,
             has_reader=None if pipeline is None else pipeline.has_reader,
-            peer=peer if self._peer.is_known else 'absent',
+            peer=self._watchdogs.peer,
         )
         hardware = '' if pipeline is None else pipeline.hardware
         lines = vla_diagnostics.lines(shot)
@@ -437,6 +367,8 @@ class VlaNode(LifecycleNode):
 
     def _state(self) -> str:
         """The lifecycle's, in words."""
+        if self._loading is not None and self._loading.is_alive:
+            return 'loading the model'
         state = self._machine.state
         return state.name.lower() if state <= NodeState.INACTIVE else 'active'
 
@@ -448,8 +380,15 @@ class VlaNode(LifecycleNode):
             self.get_logger().error(log or message)
 
 
-def checked_pruning(config: PolicyConfig) -> PolicyConfig:
-    """The configuration, if its pruning method exists.
+def loaded(load: Callable[[PolicyConfig], Policy], config: PolicyConfig, health: Health) -> Policy:
+    """The policy, and what it takes of the GPU's memory noted; whatever `load` raises."""
+    policy = load(config)
+    health.look_at_memory()
+    return policy
+
+
+def checked_pruning(config: PolicyConfig) -> PruneConfig:
+    """The pruning parameters, if their method exists.
 
     Raises:
         ConfigError: no such method.
@@ -457,7 +396,7 @@ def checked_pruning(config: PolicyConfig) -> PolicyConfig:
     from specprune_ros.pruning import make_method
 
     make_method(config.pruning)
-    return config
+    return config.pruning
 
 
 def main(args: list[str] | None = None) -> int:

@@ -16,12 +16,8 @@ from specprune_ros.msg import ActionChunk, PruningDiagnostics, VlaStatus
 from specprune_ros.overlay import draw_overlay
 from specprune_ros.ros import conversions, qos
 from specprune_ros.tasks import TaskMachine
-from specprune_ros.types import PolicyResult
+from specprune_ros.types import PolicyResult, PruneReport
 from specprune_ros.worker import Job, SpareThread
-
-Messages = tuple[ActionChunk, PruningDiagnostics]
-# Publishes unless the chunks of an epoch are void: (epoch, publish) -> whether it did.
-Publisher = Callable[[int, Callable[[], None]], bool]
 
 
 def fault_number(code: str) -> int:
@@ -62,16 +58,13 @@ class ChunkPublisher:
         """Whether anybody subscribes to the chunks."""
         return self._chunk.get_subscription_count() > 0
 
-    @staticmethod
-    def messages(result: PolicyResult) -> Messages:
-        """The result's messages, made before they are needed."""
-        return conversions.chunk_to_msg(result.chunk), conversions.report_to_msg(result.report)
+    def publish_chunk(self, msg: ActionChunk) -> None:
+        """Publish a chunk."""
+        self._chunk.publish(msg)
 
-    def publish(self, messages: Messages) -> None:
-        """Publish them, the chunk first."""
-        chunk, report = messages
-        self._chunk.publish(chunk)
-        self._report.publish(report)
+    def publish_report(self, report: PruneReport) -> None:
+        """Publish a report."""
+        self._report.publish(conversions.report_to_msg(report))
 
     def destroy(self) -> None:
         """Remove the topics."""
@@ -86,9 +79,10 @@ class OverlayPublisher:
         node: publishes.
         config: asked anew for every overlay: its rate and opacity are live.
         in_the_way: whether inference has something to do.
-        publish: as Publisher.
+        is_valid: whether what was asked for in an epoch may still be shown.
         frame_ids: camera -> frame of its newest image.
         on_error: told what went wrong in the thread.
+        tell: told of a subscriber whose quality of service does not match.
     """
 
     def __init__(
@@ -96,14 +90,20 @@ class OverlayPublisher:
         node: Node,
         config: Callable[[], PolicyConfig],
         in_the_way: Callable[[], bool],
-        publish: Publisher,
+        is_valid: Callable[[int], bool],
         frame_ids: dict[str, str],
         on_error: Callable[[Exception], None],
+        tell: Callable[[str, str], None],
     ):
-        self._node, self._config, self._publish = node, config, publish
+        self._node, self._config, self._is_valid = node, config, is_valid
         self._frame_ids = frame_ids
         self._publishers = {
-            name: node.create_publisher(Image, f'~/overlay/{name}', qos.RELIABLE)
+            name: node.create_publisher(
+                Image,
+                f'~/overlay/{name}',
+                qos.SENSOR,
+                event_callbacks=qos.publisher_events(partial(tell, f'~/overlay/{name}')),
+            )
             for name in config().robot.camera_names
         }
         self._thread: SpareThread[tuple[Job, PolicyResult]] = SpareThread(
@@ -126,6 +126,7 @@ class OverlayPublisher:
         for camera, publisher in self._publishers.items():
             if publisher.get_subscription_count() == 0:
                 continue
+            self._thread.give_way()
             image = as_rgb(job.observation.images[camera])
             opacity = self._config().runtime.overlay_opacity
             overlay = draw_overlay(image, result.report, camera, opacity)
@@ -134,8 +135,11 @@ class OverlayPublisher:
                 job.observation.image_stamps_ns[camera],
                 self._frame_ids.get(camera, ''),
             )
-            if not self._publish(job.ticket, partial(publisher.publish, msg)):
+            # Not under the node's gate: nobody acts on a picture, so one that goes out while the
+            # task ends does no harm, whereas a chunk or an emergency stop must not wait for it.
+            if not self._is_valid(job.ticket):
                 return
+            publisher.publish(msg)
 
 
 class StatusPublisher:
@@ -152,7 +156,9 @@ class StatusPublisher:
     ):
         self._machine, self._newest_fault = machine, newest_fault
         self._now = lambda: node.get_clock().now().to_msg()
-        self._publisher = node.create_publisher(VlaStatus, '~/status', qos.LATCHED)
+        self._publisher = node.create_publisher(
+            VlaStatus, '~/status', qos.LATCHED, event_callbacks=qos.NO_EVENTS
+        )
         self._told: tuple = ()
         self.dense = False
         self.dry_run = True

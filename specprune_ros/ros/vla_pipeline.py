@@ -17,8 +17,8 @@ from specprune_ros.config import PolicyConfig
 from specprune_ros.errors import ActionError, ObservationError, SpecPruneError
 from specprune_ros.health import Health
 from specprune_ros.inbox import NS, Inbox, QueryTrigger
-from specprune_ros.msg import ModelInfo
-from specprune_ros.ros import qos
+from specprune_ros.msg import ActionChunk, ModelInfo
+from specprune_ros.ros import conversions, qos
 from specprune_ros.ros.process import Mailbox
 from specprune_ros.ros.vla_inputs import InputEvents, Inputs, mismatch
 from specprune_ros.ros.vla_model import model_info
@@ -82,7 +82,9 @@ class Pipeline:
         period_ns = round(NS / config.runtime.query_rate_hz)
         self._trigger = QueryTrigger(config.robot.camera_names, period_ns)
         self._chunks = ChunkPublisher(node, config, self._on_mismatch)
-        self._model = node.create_publisher(ModelInfo, '~/model_info', qos.LATCHED)
+        self._model = node.create_publisher(
+            ModelInfo, '~/model_info', qos.LATCHED, event_callbacks=qos.NO_EVENTS
+        )
         self._model.publish(model_info(policy, config, self._now_ns()))
         self.worker = InferenceWorker(
             policy, self._on_result, self._on_error, lambda: around.mailbox.post(self._query)
@@ -91,9 +93,10 @@ class Pipeline:
             node,
             lambda: self.config,
             lambda: not self.worker.is_idle,
-            self._publish_unless_void,
+            around.machine.accepts,
             self._frame_ids,
             lambda error: self._on_error(error, None),
+            self._on_mismatch,
         )
 
     @property
@@ -205,28 +208,36 @@ class Pipeline:
     # Results: in the inference thread --------------------------------------------------------
 
     def _on_result(self, job: Job, result: PolicyResult) -> None:
-        post, now_ns = self._around.mailbox.post, self._now_ns()
+        around, now_ns = self._around, self._now_ns()
         if not np.isfinite(result.chunk.data).all():
             raise ActionError('the policy gave an action that is not finite; it was discarded')
         result = stamped(result, now_ns, job.ticket)
-        if self._around.once.owns(job):
-            post(partial(self._around.once.answer, job, result))
+        if around.once.owns(job):
+            around.mailbox.post(partial(around.once.answer, job, result))
             return
-        messages = self._chunks.messages(result)
-        published = not self._is_late(job, now_ns) and self._publish_unless_void(
-            job.ticket, partial(self._chunks.publish, messages)
-        )
-        post(partial(self._after_result, job, result, published))
+        late = self._is_late(job, now_ns)
+        valid = self._send(job.ticket, None if late else conversions.chunk_to_msg(result.chunk))
+        published = valid and not late
+        if valid:
+            # Of a late chunk as well: the next query builds on this one, and whoever computes the
+            # run again needs all of them. That its chunk_id never came says what became of it.
+            self._chunks.publish_report(result.report)
+        around.mailbox.post(partial(self._after_result, job, result, published))
         if published:
             self._overlays.offer(job, result)
+        around.health.look_at_memory()
 
-    def _publish_unless_void(self, epoch: int, publish: Callable[[], None]) -> bool:
-        """Publish, unless the chunks of an epoch are void; they cannot become so meanwhile."""
+    def _send(self, epoch: int, chunk: ActionChunk | None) -> bool:
+        """Publish the chunk, if there is one, unless the epoch is void.
+
+        Returns:
+            False when it is; it cannot become so while the chunk goes out.
+        """
         with self._around.gate:
-            if not self._around.machine.accepts(epoch):
-                return False
-            publish()
-            return True
+            valid = self._around.machine.accepts(epoch)
+            if valid and chunk is not None:
+                self._chunks.publish_chunk(chunk)
+            return valid
 
     def _is_late(self, job: Job, now_ns: int) -> bool:
         """Whether the observation is too old for its chunk to be acted on."""

@@ -10,9 +10,9 @@ from specprune_ros.errors import ConfigError
 from specprune_ros.streaming import rotation
 from specprune_ros.streaming.config import StreamerConfig
 from specprune_ros.streaming.limits import Limits
-from specprune_ros.streaming.measured import ORIGIN, Measured, Pose
+from specprune_ros.streaming.measured import Measured, Pose
 from specprune_ros.streaming.motion import Motion
-from specprune_ros.streaming.targets import PoseTarget, TwistTarget
+from specprune_ros.streaming.targets import PoseTarget, Target, TwistTarget
 
 
 class CartesianMotion(Motion[Pose]):
@@ -66,6 +66,10 @@ class CartesianMotion(Motion[Pose]):
         """[6] in action units."""
         return move / self._scale
 
+    def rest(self, target: Target, commanded: Pose | None) -> np.ndarray:
+        """[6] zeros: no displacement, no speed."""
+        return np.zeros(6)
+
 
 class PoseMotion(CartesianMotion):
     """End-effector actions to poses."""
@@ -104,8 +108,6 @@ class TwistMotion(CartesianMotion):
 
     def __init__(self, config: StreamerConfig):
         super().__init__(config)
-        # Of a twist alone the pose is only needed to tell whether it leads out of bounds.
-        self._needs_pose = self.limits.has_positions
         self._unit = self._dt_s
         if config.stream.twist == 'unitless':
             self._unit = self._scale
@@ -119,10 +121,6 @@ class TwistMotion(CartesianMotion):
             initial=self.limits.initial if known else np.inf,
         )
 
-    def measured(self, measured: Measured, now_ns: int) -> Pose:
-        """The measured pose; the origin where no position is limited."""
-        return measured.pose(now_ns) if self._needs_pose else ORIGIN
-
     def target(self, base: Pose, move: np.ndarray) -> TwistTarget:
         """The speed."""
         twist = move / self._unit
@@ -134,7 +132,7 @@ class TwistMotion(CartesianMotion):
 
     def stop(self) -> TwistTarget:
         """Zero speed."""
-        return self.target(ORIGIN, np.zeros(6))
+        return TwistTarget(linear=np.zeros(3), angular=np.zeros(3), frame_id=self._frame_id)
 
 
 def _scale(config: StreamerConfig, columns: np.ndarray) -> np.ndarray:

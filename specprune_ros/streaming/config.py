@@ -192,9 +192,10 @@ class StreamerConfig:
             raise ConfigError(
                 'stream.blending',
                 'frozen_prefix',
-                'needs a head that is conditioned on the rows that stay, and chunks that say how '
-                'many those are: L1 regression and discrete tokens cannot be, and the diffusion '
-                'head here is not; take replace or ensemble',
+                'needs a head that is conditioned on the rows that stay. No model here has one: '
+                'openvla_oft not (L1 regression cannot be, its diffusion head is not), openvla '
+                'and univla not (action tokens), nor the random stand-ins; take replace or '
+                'ensemble',
             )
         if output == 'chunk':
             return

@@ -78,3 +78,9 @@ class JointMotion(Motion[np.ndarray]):
     def stop(self) -> JointTarget:
         """A target without points."""
         return JointTarget(names=self.names, positions=np.zeros(0), duration_s=self._dt_s)
+
+    def rest(self, target: JointTarget, commanded: np.ndarray | None) -> np.ndarray | None:
+        """[M] no displacement, no speed; or the position of the target, else the last one."""
+        if not self._absolute:
+            return np.zeros(len(self.columns))
+        return target.positions if len(target.positions) else commanded

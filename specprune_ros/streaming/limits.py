@@ -58,11 +58,6 @@ class Limits:
             cartesian=cartesian,
         )
 
-    @property
-    def has_positions(self) -> bool:
-        """Whether any position is limited."""
-        return bool(np.isfinite(self.low).any() or np.isfinite(self.high).any())
-
     def outside(self, position: np.ndarray) -> np.ndarray:
         """[P] bool, which elements of a position [P] lie beyond their limits."""
         return (position < self.low) | (position > self.high)

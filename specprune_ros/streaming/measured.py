@@ -10,7 +10,6 @@ import numpy as np
 
 from specprune_ros.inbox import NORM_TOLERANCE
 from specprune_ros.streaming.refusal import Refusal
-from specprune_ros.streaming.rotation import IDENTITY
 
 # Of an action or a measurement in any unit: more is no robot's, and squares of it stay finite.
 MAGNITUDE_MAX = 1e6
@@ -22,9 +21,6 @@ class Pose:
 
     position: np.ndarray
     quaternion: np.ndarray
-
-
-ORIGIN = Pose(np.zeros(3), IDENTITY)
 
 
 class Measured:

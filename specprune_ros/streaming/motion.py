@@ -73,6 +73,18 @@ class Motion(ABC, Generic[Base]):
     def stop(self) -> Target | None:
         """What ends the running motion without a position; None where nothing does."""
 
+    @abstractmethod
+    def rest(self, target: Target, commanded: Base | None) -> np.ndarray | None:
+        """[M] the action, in action units, that says as `hold` or `stop` does: stay.
+
+        Args:
+            target: what `hold` or `stop` gave.
+            commanded: the last command; None: there was none.
+
+        Returns:
+            None where an action is a position, and nobody knows which.
+        """
+
     def positions(self, base: Base, moves: np.ndarray) -> np.ndarray:
         """[K, P] where a sequence of displacements [K, M] leads."""
         start = self.position(base)

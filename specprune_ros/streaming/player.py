@@ -15,7 +15,7 @@ from specprune_ros.streaming.measured import Measured
 from specprune_ros.streaming.motion import Motion
 from specprune_ros.streaming.queue import NS, ChunkQueue, Due
 from specprune_ros.streaming.refusal import Refusal
-from specprune_ros.streaming.targets import Command, Target
+from specprune_ros.streaming.targets import Command, Safety, Target
 from specprune_ros.types import ActionChunk, ActionSpace, ExecutedAction
 
 
@@ -60,6 +60,7 @@ class ChunkPlayer:
         self._sent_ns: int | None = None  # when the last command was sent
         self._commanded = None  # base of the next command; None: the measured state
         self._gripped: tuple[float, ...] | None = None  # where the grippers were sent
+        self._epoch = 0  # of the newest chunk
         self._clamped_chunk: ActionChunk | None = None  # of which clamping was reported
         self.commands = 0
         self.clamped = np.zeros(len(robot.action_names), np.uint64)
@@ -98,6 +99,7 @@ class ChunkPlayer:
             if broken:
                 raise self._beyond(broken)
         self.queue.put(candidate)
+        self._epoch = chunk.epoch
 
     def play(self, now_ns: int) -> Command | None:
         """The command that is due now.
@@ -121,19 +123,28 @@ class ChunkPlayer:
             raise Refusal(code, 'no chunk in time for the next control step')
         return None
 
-    def safe_target(self, now_ns: int) -> Target | None:
-        """What goes out last: see stream.on_stall."""
+    def safety(self, reason: str, now_ns: int) -> Safety:
+        """What goes out last: see stream.on_stall; `reason` as in targets.Safety."""
+        target, executed = self._safe_target(now_ns), None
+        action = None if target is None else self._motion.rest(target, self._commanded)
+        if action is not None:
+            columns = self._motion.columns
+            executed = self._executed(now_ns, columns, action.copy(), epoch=self._epoch)
+        dry_run = self._config.stream.dry_run
+        target = self._with_grippers(target)
+        return Safety(reason=reason, target=target, executed=executed, dry_run=dry_run)
+
+    def _safe_target(self, now_ns: int) -> Target | None:
         how, as_joints = self._config.stream.on_stall, self._config.stream.gripper == 'joint'
         if how == 'none':
             return None
-        target = self._motion.stop()
         # Grippers keep what they were told: where they were measured is no command to grip.
-        if how == 'hold' and not (as_joints and self._gripped is None):
-            try:
-                target = self._motion.hold(self.measured, now_ns, self._commanded)
-            except Refusal:  # the measurement is missing or stale
-                target = self._motion.stop()
-        return self._with_grippers(target)
+        if how == 'stop' or (as_joints and self._gripped is None):
+            return self._motion.stop()
+        try:
+            return self._motion.hold(self.measured, now_ns, self._commanded)
+        except Refusal:  # the measurement is missing or stale
+            return self._motion.stop()
 
     def _base(self, now_ns: int):
         """What the next displacement starts from; a measurement has to be there in any case."""
@@ -166,8 +177,10 @@ class ChunkPlayer:
         self._commanded, self._sent_ns = base, now_ns
         self.queue.executed(now_ns)
         self.commands += 1
+        chunk = due.chunk
+        origin = {'chunk_id': chunk.chunk_id, 'epoch': chunk.epoch, 'step': due.step}
         return Command(
-            executed=self._executed(due, data, now_ns),
+            executed=self._executed(now_ns, np.arange(len(data)), data, **origin),
             target=self._with_grippers(motion.target(base, move)),
             gripper=self._gripped if how == 'position' else None,
         )
@@ -204,23 +217,24 @@ class ChunkPlayer:
         names = [self._config.robot.action_names[column] for column in columns]
         return Refusal(next(iter(broken)), f'{", ".join(broken)}: {", ".join(names)}', columns)
 
-    def _executed(self, due: Due, data: np.ndarray, now_ns: int) -> ExecutedAction:
-        robot = self._config.robot
+    def _executed(
+        self, now_ns: int, columns: np.ndarray, data: np.ndarray, **origin: int
+    ) -> ExecutedAction:
+        """What was sent: `data` [K] of K action columns; `origin` is the chunk's row."""
+        robot, units = self._config.robot, self._config.robot.per_action('action_units')
         return ExecutedAction(
             stamp_ns=now_ns,
-            names=robot.action_names,
-            units=robot.per_action('action_units'),
+            names=tuple(robot.action_names[column] for column in columns),
+            units=tuple(units[column] for column in columns),
             data=data,
             space=ActionSpace[robot.action_space.upper()],
             frame_id=robot.frame_id,
-            chunk_id=due.chunk.chunk_id,
-            epoch=due.chunk.epoch,
-            step=due.step,
             step_dt_s=robot.step_dt_s,
             dry_run=self._config.stream.dry_run,
+            **origin,
         )
 
     def _with_grippers(self, target: Target | None) -> Target | None:
-        if self._config.stream.gripper != 'joint':
+        if self._config.stream.gripper != 'joint' or target is None:
             return target
         return self._grippers.joined(target, self._gripped or ())

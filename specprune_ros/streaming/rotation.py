@@ -7,8 +7,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-IDENTITY = np.array((0.0, 0.0, 0.0, 1.0))
-
 
 def from_rotation_vector(vector: Sequence[float]) -> np.ndarray:
     """Quaternion [4] of a rotation about an axis: [3] axis times angle, rad."""

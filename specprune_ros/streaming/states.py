@@ -5,6 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import IntEnum
 
+STILL_ON = (
+    'e_stop is still on: whoever pressed it has to release it (after cleanup and configure all '
+    'that are there are heard anew)'
+)
+
 
 class StreamState(IntEnum):
     """As in StreamerStatus.msg."""
@@ -62,7 +67,7 @@ class Orders:
 
     def why_not_reset(self) -> str:
         """Why `reset` is refused; empty: it is not."""
-        return self.why_inactive() or ('e_stop is still on' if self.e_stop else '')
+        return self.why_inactive() or (STILL_ON if self.e_stop else '')
 
     def why_inactive(self) -> str:
         """Why nothing can be ordered; empty: it can."""

@@ -43,6 +43,7 @@ class Streamer:
     Args:
         config: the robot, what to do with chunks, and the limits.
         on_fault: called with the code (a key of faults.FAULTS) and message of every fault.
+        stopped: an emergency stop of before, under another configuration, waits for its reset.
 
     Attributes:
         chunks_rejected: chunks refused whole.
@@ -53,11 +54,17 @@ class Streamer:
         ConfigError: the configuration does not say what the commands are.
     """
 
-    def __init__(self, config: StreamerConfig, on_fault: Callable[[str, str], None]):
+    def __init__(
+        self,
+        config: StreamerConfig,
+        on_fault: Callable[[str, str], None],
+        *,
+        stopped: bool = False,
+    ):
         self._config, self._on_fault = config, on_fault
         plays = config.stream.output != 'chunk'
         self._player = ChunkPlayer(config, self._on_clamp) if plays else None
-        self._orders = Orders()
+        self._orders = Orders(stopped=stopped)
         self._phase = StreamState.WAITING  # of a streamer that may stream
         self._peer = Peer(config.stream.peer_timeout_s)
         self._now_ns = 0
@@ -72,6 +79,11 @@ class Streamer:
     def state(self) -> StreamState:
         """Where it is; never UNCONFIGURED, which is a streamer that is not made yet."""
         return self._orders.state(self._phase)
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether an emergency stop waits for its reset, whatever the state."""
+        return self._orders.stopped
 
     @property
     def epoch(self) -> int:
@@ -302,9 +314,7 @@ class Streamer:
         """End streaming: its safety output, or one that no call has returned yet."""
         outputs, self._pending = self._pending, []
         if self.state == StreamState.STREAMING:
-            target = self._player.safe_target(self._now_ns)
-            dry_run = self._config.stream.dry_run
-            outputs.append(Safety(reason=reason, target=target, dry_run=dry_run))
+            outputs.append(self._player.safety(reason, self._now_ns))
         if self._player:
             self._player.interrupt()
         self._phase = StreamState.WAITING

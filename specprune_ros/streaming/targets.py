@@ -16,14 +16,11 @@ class JointTarget:
     Attributes:
         names: [J] joints.
         positions: [J] rad or m; empty: no point, which ends the running trajectory.
-        velocities: [J] speeds on arrival; None: not said, because controllers refuse a trajectory
-            that does not end at rest unless they are told otherwise.
         duration_s: time to get there.
     """
 
     names: tuple[str, ...]
     positions: np.ndarray
-    velocities: np.ndarray | None = None
     duration_s: float
 
 
@@ -82,11 +79,15 @@ class Safety:
     Attributes:
         reason: code of the fault, a key of `faults.FAULTS`, or what the operator did.
         target: what goes to the arm; None: nothing.
+        executed: the action that says the same of the arm's elements: stay. Its epoch is that of
+            the chunks before, and its chunk_id 0, because it is no row of a chunk. None: nothing
+            goes out, or what it says is no action: a stop of joints at positions nobody knows.
         dry_run: True: `target` may not leave.
     """
 
     reason: str
     target: Target | None
+    executed: ExecutedAction | None
     dry_run: bool
 
 
