@@ -504,6 +504,18 @@ def test_bad_chunks_are_refused_whole():
         assert world.streams(3)
 
 
+def test_a_refusal_that_lasts_is_logged_once():
+    """Bug: every chunk's number made it news, and the log went on as fast as the chunks."""
+    with arm_world(JOINT_ARM) as (world, process):
+        world.vla.row, world.vla.streams = steady, False
+        world.start()
+        assert world.run(ANSWER_S, lambda: world.state == Status.STATE_WAITING), process.output()
+        for count in range(1, 6):
+            world.vla.send(world.vla.chunk(stand_in=True))
+            assert world.run(ANSWER_S, lambda n=count: world.status.chunks_rejected == n)
+        assert process.output().count('random stand-in weights') == 1
+
+
 @pytest.mark.parametrize(
     ('spoil', 'code'),
     [

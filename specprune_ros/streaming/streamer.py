@@ -140,7 +140,7 @@ class Streamer:
             self._player.take(chunk, rows, now_ns)
         except Refusal as refusal:
             self.chunks_rejected += 1
-            self._report(refusal, f'chunk {chunk.chunk_id}: ')
+            self._report(refusal, f'chunk_id = {chunk.chunk_id}: ')
             return False
         self._phase = StreamState.STREAMING
         return True
