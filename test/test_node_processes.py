@@ -218,6 +218,18 @@ def test_signals_end_the_replay_in_time(number):
         assert seconds < STOP_S
 
 
+def test_signals_that_come_again_and_again_change_nothing():
+    """Bug: one that came while Python ended killed the process, and launch said that it died."""
+    with NodeProcess('streamer_node') as process:
+        end = time.monotonic() + 30.0
+        while 'up and unconfigured' not in process.output() and time.monotonic() < end:
+            time.sleep(0.1)
+        while process.process.poll() is None and time.monotonic() < end:
+            process.process.send_signal(signal.SIGINT)
+            time.sleep(0.001)
+        assert process.process.poll() == 0, process.output()
+
+
 @pytest.mark.timeout(900)
 def test_fifty_starts_and_stops(world):
     """Nothing hangs: fifty processes, stopped by turns in each state and by each signal."""

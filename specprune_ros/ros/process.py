@@ -128,6 +128,9 @@ def spin_process(
         del node, executor
         gc.collect()
         gc.freeze()
+        # Python gives handlers back before it ends: a second Ctrl-C would kill it then.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
     if not clean:
         # A thread is still inside native code; the interpreter would abort under it.
         sys.stdout.flush()
