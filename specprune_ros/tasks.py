@@ -271,6 +271,8 @@ class TaskMachine:
         Returns:
             '', or why not.
         """
+        if not self._active:
+            return REFUSALS[self.state]
         if self._e_stop:
             return 'e_stop is true: release it first'
         if self._hung and busy:
@@ -284,6 +286,11 @@ class TaskMachine:
         return ''
 
     # What happens ----------------------------------------------------------------------------
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether an emergency stop holds, active or not."""
+        return self._stopped
 
     def e_stop(self, on: bool) -> None:
         """The emergency stop: overrides all, and stays until it is released and reset."""

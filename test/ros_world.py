@@ -43,6 +43,10 @@ FAST_NODE = {
     'runtime.warm_up_queries': 1,
 }
 START_S, STOP_S, ANSWER_S = 40.0, 3.0, 20.0
+# Humble's and Jazzy's rclpy do not: there, only a new configuration hears all buttons anew.
+TELLS_SENDERS = 'publisher_gid' in getattr(
+    getattr(rclpy.subscription, 'MessageInfo', None), '__annotations__', {}
+)
 
 
 class NodeProcess:
@@ -136,6 +140,11 @@ class World(Node):
             self.joints.publish(self.joint_state())
         if 'executed' in self.streams:
             self.executed.publish(self.action())
+
+    def level(self, line: str) -> bytes | None:
+        """How bad a line of /diagnostics is; None while it has not come."""
+        status = self.statuses.get(line)
+        return None if status is None else status.level
 
     def run(self, seconds: float, until: Callable[[], bool] = lambda: False) -> bool:
         """Publish at about 30 Hz and listen, for some time or until something holds."""

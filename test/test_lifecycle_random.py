@@ -150,7 +150,7 @@ class VlaModel(Model):
         return True
 
     def reset(self) -> bool:
-        if self.heard:
+        if self.heard or not self.is_active:
             return False
         self.stopped = self.task = self.paused = False
         return True

@@ -255,4 +255,27 @@ def test_without_the_simulator_it_says_so_and_stays(run):
     assert peer.until(lambda: 'config' in peer.faults)
     told, words = peer.begin()
     assert not told
-    assert 'did not start' in words
+    assert 'failed to start' in words
+
+
+@pytest.mark.parametrize('when', ['step', 'reset'])
+def test_a_simulator_that_breaks_says_so(run, when):
+    """Bug: its thread died unseen, and the episode was said to run."""
+
+    class Brittle(Point):
+        def step(self, action):
+            if self.steps > 5 and when == 'step':
+                raise RuntimeError('unstable')
+            return super().step(action)
+
+        def reset(self, seed, split):
+            if when == 'reset':
+                raise ConfigError('seed', seed, 'brings bad luck')
+            return super().reset(seed, split)
+
+    _, peer = run(Brittle)
+    assert peer.until(lambda: peer.seen['episode'] and peer.episode['state'] == 'broken')
+    assert peer.until(lambda: peer.faults & {'error', 'config'}), peer.faults
+    told, words = peer.begin()
+    assert not told
+    assert 'broken' in words

@@ -15,7 +15,7 @@ pytest.importorskip('specprune_ros.msg', reason='messages are not built: run scr
 
 from arm_world import CARTESIAN_ARM, DT_S, JOINT_ARM, JOINTS, arm_world  # noqa: E402
 from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy  # noqa: E402
-from ros_world import ANSWER_S, STOP_S, ros_domain  # noqa: E402
+from ros_world import ANSWER_S, STOP_S, TELLS_SENDERS, ros_domain  # noqa: E402
 from std_msgs.msg import Bool  # noqa: E402
 
 from specprune_ros.faults import FAULTS  # noqa: E402
@@ -328,12 +328,6 @@ def test_e_stop_overrides_every_state():
         print(f'e_stop to the last command: {delays["STREAMING"]:.0f} ms')
 
 
-# Humble's and Jazzy's rclpy do not: there, only a new configuration hears all buttons anew.
-TELLS_SENDERS = 'publisher_gid' in getattr(
-    getattr(rclpy.subscription, 'MessageInfo', None), '__annotations__', {}
-)
-
-
 @pytest.mark.skipif(not TELLS_SENDERS, reason='this rclpy does not tell who sent a message')
 def test_an_emergency_stop_of_several_buttons_holds_until_all_are_released():
     with arm_world(JOINT_ARM) as (world, process):
@@ -357,6 +351,33 @@ def test_an_emergency_stop_of_several_buttons_holds_until_all_are_released():
         assert world.run(ANSWER_S, lambda: world.call('reset')[0])
         assert world.reaches(Status.STATE_DISABLED)
         assert world.silent_for(0.2)
+
+
+@pytest.mark.skipif(not TELLS_SENDERS, reason='this rclpy does not tell who sent a message')
+@pytest.mark.parametrize('live', [True, False])
+def test_a_press_is_not_lost_among_other_messages(live):
+    """Bug: of several messages that came while the executor was busy only the last was seen."""
+    node, said = rclpy.create_node('busy'), []
+    one, other = (node.create_publisher(Bool, 'e_stop', qos.LATCHED) for _ in range(2))
+
+    def listen() -> e_stop.EmergencyStopInput:
+        return e_stop.EmergencyStopInput(node, said.append, lambda policy: None)
+
+    listener = listen() if live else None
+    end = time.monotonic() + ANSWER_S
+    while live and one.get_subscription_count() == 0 and time.monotonic() < end:
+        rclpy.spin_once(node, timeout_sec=0.1)
+    one.publish(Bool(data=True))
+    other.publish(Bool(data=False))
+    listener = listener or listen()
+    time.sleep(0.5)
+    try:
+        while len(said) < 2 and time.monotonic() < end:
+            rclpy.spin_once(node, timeout_sec=0.1)
+        assert said[-1], said
+    finally:
+        listener.destroy()
+        node.destroy_node()
 
 
 def test_without_senders_only_an_only_button_releases(monkeypatch):

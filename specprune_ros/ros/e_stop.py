@@ -36,7 +36,7 @@ class EmergencyStopInput:
             Bool,
             TOPIC,
             self._on_message_from if knows_sender else self._on_message,
-            qos.LATCHED,
+            qos.STOPS,
             event_callbacks=qos.subscription_events(self._on_incompatible),
         )
 
@@ -62,5 +62,5 @@ class EmergencyStopInput:
         """The publishers that are there now."""
         publishers = self._node.get_publishers_info_by_topic(self._subscription.topic_name)
         present = {bytes(each.endpoint_gid) for each in publishers}
-        verdicts = [qos_check_compatible(each.qos_profile, qos.LATCHED)[0] for each in publishers]
+        verdicts = [qos_check_compatible(each.qos_profile, qos.STOPS)[0] for each in publishers]
         return present | {UNHEARD} if QoSCompatibility.ERROR in verdicts else present

@@ -48,9 +48,17 @@ EVERY_STEP = QoSProfile(
 )
 # What goes to a controller: an older command is worth nothing once there is a newer one.
 COMMANDS = RELIABLE
-# The instruction, an emergency stop, a status: they reach a node that starts later.
+# The instruction, a status: they reach a node that starts later.
 LATCHED = QoSProfile(
     depth=1,
+    history=HistoryPolicy.KEEP_LAST,
+    reliability=ReliabilityPolicy.RELIABLE,
+    durability=DurabilityPolicy.TRANSIENT_LOCAL,
+)
+# Presses of several buttons, each latched: at depth 1 the release of one would take the place of
+# another's press before anybody looks.
+STOPS = QoSProfile(
+    depth=64,
     history=HistoryPolicy.KEEP_LAST,
     reliability=ReliabilityPolicy.RELIABLE,
     durability=DurabilityPolicy.TRANSIENT_LOCAL,

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeout
+from concurrent.futures import Future, wait
 from typing import Protocol
 
 import numpy as np
@@ -35,9 +35,10 @@ from specprune_ros.sim.state import STEP_NS, SimState
 from specprune_ros.sim.tasks import SimTask
 
 TICK_S = 0.005  # of steady time between two clock messages
-RESET_S = 20.0
+RESET_S, POLL_S = 20.0, 0.1
 STOP_S = 3.0
-RUNNING, SUCCESS, FAILED, NO_START = 'running', 'success', 'failed', 'failed to start'
+RUNNING, SUCCESS, FAILED = 'running', 'success', 'failed'
+NO_START, BROKEN = 'failed to start', 'broken'  # nothing is simulated any more
 MAX_SEED = 2**31 - 1
 
 
@@ -79,7 +80,7 @@ class SimNode(Node):
     say so.
 
     Args:
-        stop: unused; the process's own event.
+        stop: set when the process is to end.
         make: task, cameras and image size -> what is simulated.
     """
 
@@ -89,7 +90,7 @@ class SimNode(Node):
         make: Callable[[str, tuple[str, ...], int], SimulatedArm] = make_libero,
     ):
         super().__init__('sim_node')
-        self._make = make
+        self._make, self._stop = make, stop or threading.Event()
         self._halt = threading.Event()
         self._health = Health()
         self._declare()
@@ -190,18 +191,20 @@ class SimNode(Node):
             self._fault('command_not_finite', str(error))
 
     def _on_reset(self, request: Trigger.Request, response: Trigger.Response):
-        if self._episode['state'] == NO_START:
-            response.message = 'the simulator did not start, see /diagnostics'
+        if self._episode['state'] in (NO_START, BROKEN):
+            response.message = f'the simulator {self._episode["state"]}, see /diagnostics'
             return response
         wanted: Future = Future()
         self._wanted = wanted
-        try:
-            response.message = wanted.result(RESET_S)
-            response.success = True
-        except SpecPruneError as error:
-            response.message = str(error)
-        except FutureTimeout:
+        end = time.monotonic() + RESET_S
+        while not wanted.done() and not self._stop.is_set() and time.monotonic() < end:
+            wait([wanted], POLL_S)
+        if not wanted.done():
             response.message = f'the simulator did not answer within {RESET_S:g} s'
+        elif wanted.exception() is not None:
+            response.message = str(wanted.exception())
+        else:
+            response.success, response.message = True, wanted.result()
         return response
 
     # Simulator thread ----------------------------------------------------------------------------
@@ -221,8 +224,9 @@ class SimNode(Node):
                     self._answer(arm)
                 else:
                     self._step(arm)
-        except SpecPruneError as error:
-            self._fault(error.code, str(error))
+        except Exception as error:  # the simulator has errors of its own
+            self._fault(getattr(error, 'code', 'error'), f'{type(error).__name__}: {error}')
+            self._tell({**self._episode, 'state': BROKEN})
         finally:
             arm.close()
 
@@ -231,7 +235,9 @@ class SimNode(Node):
         state = arm.reset(seed, split)
         with self._lock:
             self._commands.forget()
-        self._episode = {'task': arm.task.name, 'seed': seed, 'split': split, 'state': RUNNING}
+        self._episode = {
+            'task': arm.task.name, 'seed': seed, 'split': split, 'state': RUNNING, 'step': 0,
+        }  # fmt: skip
         if self._instructions is not None:
             self._instructions.publish(String(data=arm.instruction))
         self._show(arm, state, self._clock_source.now_ns())
@@ -278,11 +284,10 @@ class SimNode(Node):
     def _judge(self, arm: SimulatedArm, state: SimState) -> None:
         before = self._episode['state']
         if before == RUNNING:
-            self._episode['step'] = state.step
-            if arm.success:
-                self._episode['state'] = SUCCESS
-            elif state.step >= arm.task.max_steps:
-                self._episode['state'] = FAILED
+            late = state.step >= arm.task.max_steps
+            now = SUCCESS if arm.success else FAILED if late else RUNNING
+            # Another dict: the executor's thread may be reading this one.
+            self._episode = {**self._episode, 'state': now, 'step': state.step}
         if state.step == 0 or self._episode['state'] != before:
             self._tell(self._episode)
 
@@ -307,6 +312,7 @@ class SimNode(Node):
         name = diagnostics.node_name(self)
         state = self._episode['state']
         level = diagnostics.OK if state in (RUNNING, SUCCESS) else diagnostics.WARN
+        level = diagnostics.ERROR if state in (NO_START, BROKEN) else level
         values = {key: str(value) for key, value in self._episode.items()}
         statuses = [
             diagnostics.status(f'{name}: episode', level, state, values),

@@ -135,17 +135,17 @@ class VlaNode(ManagedNode):
 
     def _make_timers(self) -> None:
         """In steady time: they must come even when simulated time stands still."""
-        periods = {**self._signs_of_life(), WATCH_S: self._watchdogs.look}
+        periods = [*self._signs_of_life(), (WATCH_S, self._watchdogs.look)]
         steady = Clock(clock_type=ClockType.STEADY_TIME)
-        for period_s, callback in periods.items():
+        for period_s, callback in periods:
             self.create_timer(period_s, callback, clock=steady)
 
-    def _signs_of_life(self) -> dict[float, Callable[[], None]]:
-        """Period in s -> what shows that the node lives."""
-        return {
-            diagnostics.PERIOD_S: self._publish_diagnostics,
-            1.0 / VlaStatus.HEARTBEAT_HZ: self._on_heartbeat,
-        }
+    def _signs_of_life(self) -> list[tuple[float, Callable[[], None]]]:
+        """Period in s, and what shows that the node lives."""
+        return [
+            (diagnostics.PERIOD_S, self._publish_diagnostics),
+            (1.0 / VlaStatus.HEARTBEAT_HZ, self._on_heartbeat),
+        ]
 
     # Lifecycle -------------------------------------------------------------------------------
 
@@ -156,7 +156,7 @@ class VlaNode(ManagedNode):
         load, health = self._load, self._health
         self._loading = LoadingThread(lambda: loaded(load, config, health))
         # The executor is here, and its timers are not.
-        beats = [Paced(period_s, call) for period_s, call in self._signs_of_life().items()]
+        beats = [Paced(period_s, call) for period_s, call in self._signs_of_life()]
         policy = self._loading.wait(self._ending, lambda: [beat() for beat in beats])
         self._take(config, policy)
         info = policy.model.info
@@ -265,7 +265,7 @@ class VlaNode(ManagedNode):
             raise ObservationError('instruction_refused', 'instruction', text, refusal)
 
     def _on_e_stop(self, on: bool) -> None:
-        if on and self._machine.state is not NodeState.STOPPED:
+        if on and not self._machine.is_stopped:
             self._fault('e_stop', 'e_stop = true: stopped until it is false and ~/reset is called')
         with self._acting() as machine:
             machine.e_stop(on)
@@ -302,7 +302,7 @@ class VlaNode(ManagedNode):
         self._status.dense = dense
         self.set_parameters(
             [
-                Parameter(f'pruning.{name}', value=value)
+                Parameter(f'pruning.{name}', value=[''] if value == () else value)
                 for name, value in dataclasses.asdict(held).items()
                 if value != refused[name]
             ]

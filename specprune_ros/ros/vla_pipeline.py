@@ -81,11 +81,12 @@ class Pipeline:
         self._timer: object | None = None
         period_ns = round(NS / config.runtime.query_rate_hz)
         self._trigger = QueryTrigger(config.robot.camera_names, period_ns)
+        info = model_info(policy, config, self._now_ns())  # what can fail comes before what stays
         self._chunks = ChunkPublisher(node, config, self._on_mismatch)
         self._model = node.create_publisher(
             ModelInfo, '~/model_info', qos.LATCHED, event_callbacks=qos.NO_EVENTS
         )
-        self._model.publish(model_info(policy, config, self._now_ns()))
+        self._model.publish(info)
         self.worker = InferenceWorker(
             policy, self._on_result, self._on_error, lambda: around.mailbox.post(self._query)
         )

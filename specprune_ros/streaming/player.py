@@ -129,7 +129,9 @@ class ChunkPlayer:
         action = None if target is None else self._motion.rest(target, self._commanded)
         if action is not None:
             columns = self._motion.columns
-            executed = self._executed(now_ns, columns, action.copy(), epoch=self._epoch)
+            # Simulated time may stand still: who replays tells executed actions apart by stamp.
+            stamp_ns = now_ns if self._sent_ns is None else max(now_ns, self._sent_ns + 1)
+            executed = self._executed(stamp_ns, columns, action.copy(), epoch=self._epoch)
         dry_run = self._config.stream.dry_run
         target = self._with_grippers(target)
         return Safety(reason=reason, target=target, executed=executed, dry_run=dry_run)
