@@ -6,6 +6,7 @@ it); test_node_processes.py then makes the check of the replay over plain proces
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -133,6 +134,42 @@ def test_vla_with_a_replay_and_a_streamer_that_holds_still(world):
         assert launched.stop() == 0, launched.output()
         assert 'process has died' not in launched.output()
         assert 'Traceback' not in launched.output()
+
+
+def ros2(*words: str, seconds: float = 30.0) -> str:
+    """What a `ros2` command prints; one that goes on is interrupted."""
+    with subprocess.Popen(
+        ['ros2', *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as command:
+        try:
+            return command.communicate(timeout=seconds)[0]
+        except subprocess.TimeoutExpired:
+            command.send_signal(signal.SIGINT)
+            return command.communicate(timeout=10.0)[0]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which('ros2') is None, reason='no ros2 command: this needs an apt ROS')
+def test_the_command_line(world):
+    node = f'/{NAMESPACE}/vla_node'
+    arguments = {'recording': ROOT / 'test' / 'data' / 'pick_place', 'namespace': NAMESPACE}
+    at_once = ('--no-daemon', '--spin-time', '2')
+    with Launched('vla', **arguments) as launched:
+        assert world.run(60.0, lambda: len(world.reports) >= 2), launched.output()
+        assert 'active [3]' in ros2('lifecycle', 'get', node, *at_once)
+        told = ros2('param', 'set', node, 'pruning.alpha', '50.0', *at_once)
+        assert 'failed' in told
+        assert '50.0' in told
+        told = ros2('param', 'set', node, 'pruning.alhpa', '0.5', *at_once)
+        assert "did you mean 'pruning.alpha'" in told
+        assert 'successful' in ros2('param', 'set', node, 'pruning.alpha', '0.7', *at_once)
+        rates = re.findall(
+            r'average rate: ([\d.]+)', ros2('topic', 'hz', f'{node}/action_chunk', seconds=8.0)
+        )
+        assert float(rates[-1]) > 1.0, rates  # a chunk of 8 steps of 50 ms: 2.5
+        assert 'successful' in ros2('lifecycle', 'set', node, 'deactivate', *at_once)
+        assert 'inactive [2]' in ros2('lifecycle', 'get', node, *at_once)
+        assert launched.stop() == 0, launched.output()
 
 
 @pytest.mark.slow
