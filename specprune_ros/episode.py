@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
-from torch import Tensor
 
 from specprune_ros.images import CameraImage
+from specprune_ros.models.preprocess import Staged
 from specprune_ros.pruning.guard import GuardState
 from specprune_ros.pruning.motion import Motion
 from specprune_ros.types import FRAMES_KEPT
@@ -22,21 +22,21 @@ class Frame:
     Attributes:
         step: executed control steps before it.
         images: as they came; empty once `pixels` is there.
-        pixels: [V, Y, X, 3] uint8 at the model's size, in model order; None until needed.
+        pixels: V images on the device, from the stager, in model order; None until needed.
         unseen: cameras, in model order, of which there was no image.
     """
 
     step: int
     images: Mapping[str, np.ndarray | CameraImage]
-    pixels: Tensor | None = None
+    pixels: Staged | None = None
     unseen: frozenset[int] = frozenset()
 
 
 class FrameHistory:
     """The cameras' images at the last control steps, by executed step and not by wall time.
 
-    Images are kept as they came and brought to the model's size only when a query compares with
-    them: of twelve frames usually one is.
+    Images are kept as they came and staged on the device only when a query compares with them: of
+    twelve frames usually one is.
     """
 
     def __init__(self, depth: int = FRAMES_KEPT):

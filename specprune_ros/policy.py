@@ -12,7 +12,6 @@ from functools import partial
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from specprune_ros.checks import (
     check_image,
@@ -28,6 +27,7 @@ from specprune_ros.images import CameraImage, as_rgb, turned
 from specprune_ros.models import load, pick_device
 from specprune_ros.models.base import VLAModel
 from specprune_ros.models.forms import prepared
+from specprune_ros.models.preprocess import Staged
 from specprune_ros.models.staging import make_stager
 from specprune_ros.passes import Outcome
 from specprune_ros.pruning import check_depth, make_method
@@ -230,9 +230,9 @@ class Policy:
         clock = StageClock(self._device)
         images = self._checked_images(observation)
         self._begin_query(observation)
-        frames, reference = self._pixels(images)
+        staged, reference = self._staged(images)
         inputs = QueryInputs(
-            pixels=frames,
+            images=staged,
             reference=None if reference is None else reference.pixels,
             words=self._stager.words(observation.instruction),
             state=self._stager.state(observation.proprio),
@@ -250,7 +250,7 @@ class Policy:
         self._take_over(outcome, trace)
         report = self._report(chunk, query, outcome, trace, reference, clock.seconds())
         read = input_stamps(observation, self._episode, self.model.info.cameras)
-        self._end_query(observation, frames)
+        self._end_query(observation, staged)
         return DeferredResult(chunk, lambda: replace(report(), **read))
 
     def _query(self, layout: TokenLayout | None, reference: Frame | None) -> Query:
@@ -334,21 +334,21 @@ class Policy:
         since_s = (observation.stamp_ns - self._episode.stamp_ns) / 1e9
         return not 0 <= since_s <= self.config.runtime.max_gap_s
 
-    def _end_query(self, observation: Observation, frames: Tensor) -> None:
+    def _end_query(self, observation: Observation, staged: Staged) -> None:
         episode = self._episode
         episode.instruction = observation.instruction
         episode.stamp_ns = observation.stamp_ns
-        episode.frames.push(Frame(episode.step, {}, frames))
+        episode.frames.push(Frame(episode.step, {}, staged))
         episode.step_of_query = episode.step
         episode.absent.clear()
         episode.executed.clear()
         episode.displacement = np.zeros(3)
         episode.query += 1
 
-    def _pixels(self, images: list[np.ndarray]) -> tuple[Tensor, Frame | None]:
-        """[V, Y, X, 3] uint8 of the query, and its reference frame with its pixels.
+    def _staged(self, images: list[np.ndarray]) -> tuple[Staged, Frame | None]:
+        """The query's images on the device, and its reference frame with its own there.
 
-        Both are brought to the model's size in one call, which works on all images side by side.
+        Both go there in one call, which works on all images side by side.
         """
         episode = self._episode
         displacement = float(np.linalg.norm(episode.displacement))
@@ -360,14 +360,14 @@ class Policy:
                 break
             except ObservationError:
                 episode.frames.forget(frame)  # another one serves
-        pixels = self.model.preprocess([*images, *raw])
-        current, older = pixels[: len(images)], iter(pixels[len(images) :])
+        staged = self._stager.images([*images, *raw])
+        current, older = staged[: len(images)], iter(staged[len(images) :])
         if frame is not None and frame.pixels is None:
             names = self.model.info.cameras
             seen = [name in frame.images for name in names]
             # An unseen camera stands in for itself: its similarity is never read.
             both = zip(seen, current, strict=True)
-            frame.pixels = torch.stack([next(older) if there else now for there, now in both])
+            frame.pixels = tuple(next(older) if there else now for there, now in both)
             frame.unseen = frozenset(index for index, there in enumerate(seen) if not there)
             frame.images = {}
         return current, frame

@@ -1,4 +1,4 @@
-"""One query as a function of tensors: from the model's images to normalised actions.
+"""One query as a function of tensors: from camera images on the device to normalised actions.
 
 Its course is decided before it starts, by what the host knows. The same function runs eagerly and
 under recording (query_graph.py).
@@ -15,6 +15,7 @@ from specprune_ros.config import PruneConfig
 from specprune_ros.errors import PruningError
 from specprune_ros.models.base import VLAModel
 from specprune_ros.models.decoder import Decoder
+from specprune_ros.models.preprocess import Staged
 from specprune_ros.models.staging import Stager, Words
 from specprune_ros.passes import Outcome, QueryPasses
 from specprune_ros.pruning.base import PruneMethod, QueryContext
@@ -29,15 +30,15 @@ class QueryInputs:
     """All that differs from query to query of one kind, on the device.
 
     Attributes:
-        pixels: [V, Y, X, 3] uint8, the model's images.
+        images: V camera images, from the stager.
         reference: likewise, of the frame to compare with; None without.
         words: of the instruction.
         state: [P] normalised proprioception; None without.
         memory: of the pruning method; None at an episode's first query.
     """
 
-    pixels: Tensor
-    reference: Tensor | None
+    images: Staged
+    reference: Staged | None
     words: Words
     state: Tensor | None
     memory: object | None
@@ -107,7 +108,7 @@ class Query:
         """
         compares = self.method.reference_age(0.0, 1) > 0
         given = replace(
-            inputs, reference=inputs.pixels if compares else None, memory=outcome.done.memory
+            inputs, reference=inputs.images if compares else None, memory=outcome.done.memory
         )
         for fine in (True, False):
             context = replace(self.context, fine=fine, query=self.context.query + 1)
@@ -122,12 +123,14 @@ class Query:
         return check or self.guard.tripped
 
     def _run(self, inputs: QueryInputs, clock: StageClock, check: bool | None) -> Outcome:
-        similarity = None
+        pixels, reference, similarity = self.stager.pixels(inputs.images), None, None
         if inputs.reference is not None:
-            grid = self.model.info.grid
-            similarity = patch_similarity(inputs.pixels, inputs.reference, grid)
+            reference = self.stager.pixels(inputs.reference)
+        clock.lap('preprocess')
+        if reference is not None:
+            similarity = patch_similarity(pixels, reference, self.model.info.grid)
         clock.lap('similarity')
-        prompt = self.stager.embed(inputs.pixels, inputs.words, inputs.state, clock.lap)
+        prompt = self.stager.embed(pixels, inputs.words, inputs.state, clock.lap)
         context = replace(self._context(inputs, similarity), layout=prompt.layout)
         passes = QueryPasses(
             model=self.model,

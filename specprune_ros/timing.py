@@ -18,7 +18,7 @@ PRUNING = {
     'trace': 'act',
 }
 # What takes most of a stage and is not pruning; a query replayed as one CUDA graph has no stages
-# between its images and its actions, and all of that counts as 'graph'.
+# between its images on the device and its actions, and all of that counts as 'graph'.
 PARTS = {'vision': 'embed', 'projector': 'embed', 'graph': 'decode'}
 
 

@@ -24,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from specprune_ros.models.blocks import Block
 from specprune_ros.models.decoder import QueryDecoder
 from specprune_ros.models.forms import prepared
+from specprune_ros.models.preprocess import FastPreprocessor, Staged
 from specprune_ros.models.staging import OpenVLAStager, Words
 from specprune_ros.pruning import METHODS, make_method
 from specprune_ros.pruning.base import PruneRun, QueryContext
@@ -115,17 +116,22 @@ class World:
             made = torch.empty(shape, dtype=dtype or like.dtype, device=GPU)
         return torch.nn.Parameter(made, False) if isinstance(like, torch.nn.Parameter) else made
 
+    def images(self, size: tuple[int, int]) -> Staged:
+        """Of all cameras."""
+        cameras = self.model.info.cameras
+        return tuple(self.on_gpu(*size, 3, dtype=torch.uint8) for _ in cameras)
+
     def inputs(self, first: bool = False) -> QueryInputs:
         info, shape = self.model.info, (len(self.model.info.cameras), self.layout.patches)
-        pixels = self.on_gpu(shape[0], *info.image_size, 3, dtype=torch.uint8)
+        images = self.images(info.image_size)
         text = len(self.layout.prompt) + 2
         depth = len(self.decoder.layers)
         memory = Memory(
             self.on_gpu(*shape, dtype=torch.float32), self.on_gpu(depth, dtype=torch.float32)
         )
         return QueryInputs(
-            pixels=pixels,
-            reference=None if first else pixels,
+            images=images,
+            reference=None if first else images,
             words=Words(self.on_gpu(text, dtype=torch.int64), self.layout),
             state=None,
             memory=None if first else memory,
@@ -164,6 +170,21 @@ def test_a_query_reads_nothing_back_moves_nothing_and_stays_below_its_ceiling(wo
     done = outcomes[-1].done
     assert done.actions.device == GPU
     assert (done.trace.mode == Mode.DENSE) == (mode == DENSE)
+
+
+def test_preprocessing_within_a_query_moves_nothing_and_needs_few_kernels(world):
+    query, inputs = world.query('specprune', COARSE)
+    stager = copy.copy(world.stager)
+    stager.pixels = FastPreprocessor(center_crop=True, device=GPU).fit
+    raw = world.images((480, 640))
+    query = replace(query, stager=stager)
+    inputs = replace(inputs, images=raw, reference=raw)
+    world.count(lambda: stager.pixels(raw))  # sends the weights, once per size
+    counts = world.count(lambda: query.record(inputs))
+    assert counts.moved == {}
+    fitting = 2 * world.count(lambda: stager.pixels(raw)).kernels
+    assert fitting <= 2 * 7, 'of the query and its reference'
+    assert counts.kernels <= CEILING['specprune', COARSE] + fitting
 
 
 def test_every_method_has_a_ceiling():

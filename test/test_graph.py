@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ import torch
 from conftest import make_action, make_observation, make_policy
 from graph_world import HOST_READS, Tape, TapeRecorder
 
-from specprune_ros.errors import ConfigError
+from specprune_ros.errors import ConfigError, ObservationError
 from specprune_ros.host_copy import DeferredResult
 from specprune_ros.models.preprocess import FastPreprocessor
 from specprune_ros.policy import Policy
@@ -24,7 +25,7 @@ from specprune_ros.query import Query, QueryInputs
 from specprune_ros.query_graph import REST, TRIES, CudaRecorder, QueryGraphs
 from specprune_ros.tensor_tree import map_tensors, signature, tensors
 from specprune_ros.timing import PARTS, StageClock
-from specprune_ros.types import Mode
+from specprune_ros.types import Mode, Observation
 
 FAST, SLOW = 0.9, 0.1
 # Of every query's executed actions: dense, then fine and coarse twice each.
@@ -39,6 +40,17 @@ def shared():
     )
 
 
+@pytest.fixture(scope='module')
+def fitting():
+    """A policy whose device fits the images, as a GPU does in fast preprocessing."""
+    policy = make_policy(
+        runtime__warm_up_queries=0, robot__joint_names=JOINTS, pruning__budget='fixed',
+        model__preprocessing='fast',
+    )  # fmt: skip
+    policy.model.parts.preprocessor.on_host = False
+    return policy
+
+
 def recorded(policy: Policy, **pruning) -> tuple[Policy, TapeRecorder]:
     """A policy over the same model that records its queries."""
     config = dataclasses.replace(
@@ -49,14 +61,21 @@ def recorded(policy: Policy, **pruning) -> tuple[Policy, TapeRecorder]:
     return recording, recorder
 
 
-def episode(policy: Policy, speeds=SPEEDS) -> list:
+def small_observation(step: int = 0, **changes) -> Observation:
+    """With images of other sizes than the model's, and than each other."""
+    observation = make_observation(step, **changes)
+    wrist, side = observation.images.values()
+    return dataclasses.replace(observation, images={'wrist': wrist[::2, ::2], 'side': side[30:]})
+
+
+def episode(policy: Policy, speeds=SPEEDS, observe=make_observation) -> list:
     """Queries with other images, joints and motion each time."""
     results = []
     for query, speed in enumerate(speeds):
         proprio = np.linspace(-1, 1, 3) * 0.3 * query
-        results.append(policy.infer(make_observation(8 * query, proprio=proprio)))
+        results.append(policy.infer(observe(8 * query, proprio=proprio)))
         for step in range(8):
-            images = make_observation(8 * query + step).images
+            images = observe(8 * query + step).images
             policy.observe_executed(make_action(speed, 0, -0.1), images)
     return results
 
@@ -94,10 +113,34 @@ def test_recorded_queries_equal_eager_ones_and_read_nothing_back(shared, method)
         assert not HOST_READS & set(tape.operators)
 
 
-def inputs_of(policy: Policy) -> tuple[Query, QueryInputs]:
+def test_preprocessing_on_the_device_is_recorded_with_the_query(fitting):
+    speeds = (SLOW, FAST, SLOW)
+    policy, recorder = recorded(fitting)
+    results = episode(policy, speeds, small_observation)
+    eager = Policy(fitting.model, policy.config)
+    assert_same(results, episode(eager, speeds, small_observation))
+    assert policy.graphs.replays == len(results) - 1, 'all is recorded at the first query'
+    for tape in recorder.tapes:
+        assert not HOST_READS & set(tape.operators)
+
+
+def test_images_of_another_size_are_another_kind(fitting):
+    policy, recorder = recorded(fitting)
+    policy.infer(make_observation(proprio=np.zeros(3)))
+    before = len(recorder.tapes)
+    with pytest.raises(ObservationError, match='size'):
+        policy.infer(small_observation(proprio=np.zeros(3)))
+    policy.infer(small_observation(proprio=np.zeros(3)))
+    assert len(recorder.tapes) == 2 * before
+    policy.reset()
+    policy.infer(make_observation(proprio=np.zeros(3)))
+    assert len(recorder.tapes) == 2 * before, 'those of the first size stay'
+
+
+def inputs_of(policy: Policy, observe=make_observation) -> tuple[Query, QueryInputs]:
     """A coarse query in the middle of an episode."""
     policy.reset()
-    episode(policy, (FAST, FAST))
+    episode(policy, (FAST, FAST), observe)
     held = {}
 
     def keep(query, inputs, clock):
@@ -106,21 +149,29 @@ def inputs_of(policy: Policy) -> tuple[Query, QueryInputs]:
 
     policy._evaluate, original = keep, policy._evaluate
     try:
-        policy.infer(make_observation(16, proprio=np.zeros(3)))
+        policy.infer(observe(16, proprio=np.zeros(3)))
     finally:
         policy._evaluate = original
     return held['query'], held['inputs']
 
 
+@pytest.mark.parametrize(
+    ('name', 'observe'), [('shared', make_observation), ('fitting', small_observation)]
+)
 @torch.inference_mode()
-def test_every_input_is_read_anew_at_a_replay(shared):
+def test_every_input_is_read_anew_at_a_replay(name, observe, request):
     """Whatever had become a constant of the recording would show: each input changes alone."""
-    query, inputs = inputs_of(shared)
+    query, inputs = inputs_of(request.getfixturevalue(name), observe)
+    shapes = [image.shape for image in observe().images.values()]
+    assert [image.shape for image in inputs.images] == shapes
     graphs = QueryGraphs(TapeRecorder())
     noise = torch.Generator().manual_seed(0)
     changes = {
-        'pixels': torch.randint(0, 256, inputs.pixels.shape, generator=noise, dtype=torch.uint8),
-        'reference': inputs.pixels.flip(1),
+        'images': tuple(
+            torch.randint(0, 256, image.shape, generator=noise, dtype=torch.uint8)
+            for image in inputs.images
+        ),
+        'reference': tuple(image.flip(0) for image in inputs.images),
         'words': dataclasses.replace(inputs.words, ids=inputs.words.ids.roll(3)),
         'state': inputs.state + 0.5,
         'memory': map_tensors(lambda tensor: tensor.flip(-1), inputs.memory),
@@ -145,7 +196,7 @@ def test_every_input_is_read_anew_at_a_replay(shared):
 def test_memory_and_trace_of_a_query_outlive_later_ones(shared):
     query, inputs = inputs_of(shared)
     graphs = QueryGraphs(TapeRecorder())
-    flipped = dataclasses.replace(inputs, pixels=inputs.pixels.flip(1))
+    flipped = dataclasses.replace(inputs, images=tuple(map(torch.flipud, inputs.images)))
     outcomes = [
         graphs.run('kind', query.record, given, plain=pytest.fail)
         for given in (inputs, inputs, flipped, inputs)
@@ -337,6 +388,7 @@ def test_only_the_latest_kinds_stay_recorded():
 def test_images_are_fitted_by_their_shape_alone(crop):
     """So this half of preprocessing can be a part of a recording."""
     fast = FastPreprocessor(center_crop=crop, source_size=(256, 256), device=torch.device('cpu'))
+    fast.on_host = False
     noise = torch.Generator().manual_seed(0)
     one, other = (
         torch.randint(0, 256, (2, 48, 64, 3), generator=noise, dtype=torch.uint8) for _ in 'ab'
@@ -349,7 +401,23 @@ def test_images_are_fitted_by_their_shape_alone(crop):
     tape.play()
     assert torch.equal(result, expected)
     assert not HOST_READS & set(tape.operators)
-    assert torch.equal(fast.batched([other[0].numpy(), other[1].numpy()]), expected)
+    assert torch.equal(fast([other[0].numpy(), other[1].numpy()]), expected)
+
+
+def test_weights_that_a_recording_reads_stay_however_many_sizes_follow():
+    """Made anew they would lie elsewhere, and a graph would read memory that was given back."""
+    fast = FastPreprocessor(center_crop=True, device=torch.device('cpu'))
+
+    def operators(rows: int) -> Counter[str]:
+        with Tape() as tape:
+            fast.fitted(torch.zeros(1, rows, 8, 3, dtype=torch.uint8))
+        return tape.operators
+
+    first, again = operators(48), operators(48)
+    assert sum(first.values()) > sum(again.values()), 'the weights go to the device once'
+    for rows in range(1, 41):
+        operators(rows)
+    assert operators(48) == again
 
 
 # Values of tensors --------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache, reduce
+from functools import cache, lru_cache, reduce
 from importlib import import_module
 from typing import Protocol
 
@@ -37,13 +37,16 @@ from specprune_ros.models.resample import (
 
 JPEG_QUALITY = 95
 CHROMA_HALVED = 2  # Pillow's word for 4:2:0
-SIZES = 16  # camera sizes whose weights a FastPreprocessor remembers
+SIZES = 16  # camera sizes whose weights a FastPreprocessor on a CPU remembers
 
 Size = tuple[int, int]  # rows, cols
+Staged = tuple[Tensor, ...]  # V images on the device, [H, W, 3] uint8 each, of any sizes
 
 
 class Preprocessor(Protocol):
-    """Makes model images of camera images.
+    """Makes model images of camera images, in two halves: the host's and the device's.
+
+    What the second does depends on shapes alone, so it can be a part of a recorded query.
 
     Attributes:
         crop_side: share of a camera image's side that the result shows.
@@ -51,15 +54,21 @@ class Preprocessor(Protocol):
 
     crop_side: float
 
-    def __call__(self, images: Sequence[np.ndarray]) -> Tensor:
-        """Preprocess V images, all that a query needs in one call.
+    def stage(self, images: Sequence[np.ndarray]) -> Staged:
+        """The host's half, for all images that a query needs in one call.
 
         Args:
             images: [H, W, 3] uint8 RGB each, of any sizes and strides; at least one.
 
         Returns:
-            [V, rows, cols, 3] uint8 on the device.
+            What `fit` takes, whole or in parts.
         """
+
+    def fit(self, images: Staged) -> Tensor:
+        """The device's half: [V, rows, cols, 3] uint8."""
+
+    def __call__(self, images: Sequence[np.ndarray]) -> Tensor:
+        """Both halves."""
 
 
 def make_preprocessor(
@@ -95,7 +104,7 @@ def make_preprocessor(
 
 
 class _Preprocessor:
-    """What both modes are told."""
+    """What both modes are told, and the halves of one that leaves nothing to the device."""
 
     def __init__(
         self,
@@ -110,6 +119,14 @@ class _Preprocessor:
         self._center_crop = center_crop
         self._source_size = tuple(source_size) if source_size else None
         self._device = torch.device(device)
+
+    def __call__(self, images: Sequence[np.ndarray]) -> Tensor:
+        """See Preprocessor."""
+        return self.fit(self.stage(images))
+
+    def fit(self, images: Staged) -> Tensor:
+        """See Preprocessor."""
+        return torch.stack(images)
 
 
 # Exact -----------------------------------------------------------------------------------------
@@ -145,7 +162,7 @@ class ExactPreprocessor(_Preprocessor):
                 ) from error
         self._pool = ThreadPoolExecutor(available_cpus(), 'preprocess')  # starts threads on demand
 
-    def __call__(self, images: Sequence[np.ndarray]) -> Tensor:
+    def stage(self, images: Sequence[np.ndarray]) -> Staged:
         """See Preprocessor."""
         each = map if len(images) == 1 else self._pool.map
         results = [self._fit(image) for image in each(self._code, images)]
@@ -217,36 +234,40 @@ class FastPreprocessor(_Preprocessor):
     A CPU skips the zeros of the weights; another device takes the images as they are and does one
     batched product for all of a size, without making the host wait.
 
+    Attributes:
+        on_host: whether the host fits the images, as on a CPU; the device's form works there too.
+
     Args:
         size, center_crop, source_size, device: as for `make_preprocessor`.
     """
 
     def __init__(self, **settings):
         super().__init__(**settings)
+        self.on_host = self._device.type == 'cpu'
         self._blocks = lru_cache(SIZES)(lambda size: blocks(*self._weights(size)))
-        self._matrices = lru_cache(SIZES)(self._matrices_of)
+        self._matrices = cache(self._matrices_of)  # a recorded query reads them at any later time
 
-    def __call__(self, images: Sequence[np.ndarray]) -> Tensor:
+    def stage(self, images: Sequence[np.ndarray]) -> Staged:
         """See Preprocessor."""
-        if self._device.type == 'cpu':
-            return upload([self._one(image) for image in images], self._device)
-        return self.batched(images)
+        if self.on_host:
+            images = [self._one(image) for image in images]
+        return upload(images, self._device)
 
-    def batched(self, images: Sequence[np.ndarray]) -> Tensor:
-        """As a call, in the form for devices other than the CPU; it works on the CPU too."""
+    def fit(self, images: Staged) -> Tensor:
+        """See Preprocessor."""
+        if self.on_host:
+            return super().fit(images)
         alike = defaultdict(list)
         for index, image in enumerate(images):
-            alike[image.shape[:2]].append(index)
-        fitted, order = [], []
+            alike[image.shape].append(index)
+        fitted: dict[int, Tensor] = {}
         for indices in alike.values():
-            fitted += self.fitted(upload([images[index] for index in indices], self._device))
-            order += indices
-        return torch.stack([fitted[order.index(index)] for index in range(len(images))])
+            stack = torch.stack([images[index] for index in indices])
+            fitted.update(zip(indices, self.fitted(stack), strict=True))
+        return torch.stack([fitted[index] for index in range(len(images))])
 
     def fitted(self, stack: Tensor) -> Tensor:
-        """The device's half: images of one size, uploaded, at the model's.
-
-        What it does depends on the shape alone, so it can be a part of a recorded query.
+        """Images of one size at the model's.
 
         Args:
             stack: [M, H, W, 3] uint8 on the device.
@@ -320,13 +341,15 @@ def resample_batch(images: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
     return (planes @ cols.T).transpose(2, 3)
 
 
-def upload(images: Sequence[np.ndarray], device: torch.device) -> Tensor:
-    """[V, H, W, 3] uint8 on the device, of V images of one size; the host does not wait.
+def upload(images: Sequence[np.ndarray], device: torch.device) -> Staged:
+    """Images of any sizes on the device, by one copy; the host does not wait.
 
     Pinned memory is what lets a GPU fetch the images while the host goes on; torch keeps it alive
     until then.
     """
-    shape = (len(images), *images[0].shape)
-    staging = torch.empty(shape, dtype=torch.uint8, pin_memory=device.type == 'cuda')
-    np.stack([contiguous(image) for image in images], out=staging.numpy())
-    return staging.to(device, non_blocking=True)
+    sizes = [image.size for image in images]
+    packed = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=device.type == 'cuda')
+    for part, image in zip(packed.split(sizes), images, strict=True):
+        part.numpy().reshape(image.shape)[:] = contiguous(image)
+    parts = packed.to(device, non_blocking=True).split(sizes)
+    return tuple(part.view(image.shape) for part, image in zip(parts, images, strict=True))

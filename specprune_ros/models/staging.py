@@ -6,7 +6,7 @@ once and replayed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Protocol
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from specprune_ros.models.base import Prompt, VLAModel
 from specprune_ros.models.openvla_oft import OpenVLAOFT, VisionBackbone
+from specprune_ros.models.preprocess import Staged
 from specprune_ros.token_layout import TokenLayout
 
 INSTRUCTIONS = 4  # whose tokens stay on the device
@@ -43,10 +44,17 @@ class Stager(Protocol):
     """Both halves, for one model.
 
     Attributes:
-        recordable: whether `embed` is free of the host.
+        recordable: whether `pixels` and `embed` are free of the host.
     """
 
     recordable: bool
+
+    def images(self, images: Sequence[np.ndarray]) -> Staged:
+        """Camera images on the device, in one call for all of a query.
+
+        Args:
+            images: [H, W, 3] uint8 RGB each, of any sizes and strides.
+        """
 
     def words(self, instruction: str) -> Words:
         """Tokenise.
@@ -58,11 +66,14 @@ class Stager(Protocol):
     def state(self, proprio: np.ndarray | None) -> Tensor | None:
         """[P] normalised, on the device; None without."""
 
+    def pixels(self, images: Staged) -> Tensor:
+        """[V, *image_size, 3] uint8: the model's images, of V from `images`."""
+
     def embed(self, images: Tensor, words: Words, state: Tensor | None, lap: Lap) -> Prompt:
         """The prompt.
 
         Args:
-            images: [V, *image_size, 3] uint8.
+            images: from `pixels`.
             words, state: from the methods above.
             lap: told the end of 'vision', 'projector' and 'embed'.
         """
@@ -82,6 +93,14 @@ class WholeStager:
 
     def __init__(self, model: VLAModel):
         self._model = model
+
+    def images(self, images: Sequence[np.ndarray]) -> Staged:
+        """The model's images: the whole of preprocessing."""
+        return tuple(self._model.preprocess(images))
+
+    def pixels(self, images: Staged) -> Tensor:
+        """See Stager."""
+        return torch.stack(images)
 
     def words(self, instruction: str) -> Words:
         """The words as they are."""
@@ -110,6 +129,8 @@ class OpenVLAStager:
         self._device = device
         self._weights = model.parts.language_model.embed_tokens.weight
         self._side = torch.cuda.Stream(device) if device.type == 'cuda' else None
+        self.images = model.parts.preprocessor.stage
+        self.pixels = model.parts.preprocessor.fit
         self.words = lru_cache(INSTRUCTIONS)(self._words)
 
     def _words(self, instruction: str) -> Words:
