@@ -19,6 +19,17 @@ class SpecPruneError(Exception):
 
     code = 'error'
 
+    def __reduce__(self):
+        """As it is: another process cannot make it anew from the message alone."""
+        return _restored, (type(self), self.args, self.__dict__)
+
+
+def _restored(kind: type[SpecPruneError], args: tuple, fields: dict) -> SpecPruneError:
+    error = kind.__new__(kind)
+    error.args = args
+    error.__dict__.update(fields)
+    return error
+
 
 class ConfigError(SpecPruneError):
     """A parameter is unknown, of the wrong type, out of range, or does not fit another one."""

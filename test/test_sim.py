@@ -17,14 +17,24 @@ from specprune_ros.config import RobotConfig
 from specprune_ros.errors import ConfigError, MissingDependencyError, RecordingError
 from specprune_ros.sim import collect as collecting
 from specprune_ros.sim import dataset
+from specprune_ros.sim import layouts as scenes
 from specprune_ros.sim.closed_loop import LiberoTask
 from specprune_ros.sim.dataset import Attempt, Episode, Recipe
-from specprune_ros.sim.expert import Expert, upright
+from specprune_ros.sim.expert import Expert, straightening, upright
+from specprune_ros.sim.kinematics import project, rotation_about
+from specprune_ros.sim.layouts import (
+    LayoutRecipe,
+    collect_layouts,
+    draw_hand,
+    read_layout_recipe,
+    read_layouts,
+    render_layouts,
+)
 from specprune_ros.sim.placement import draw_layout, seed_stream, stand_apart
 from specprune_ros.sim.simplify import cluster_faces
 from specprune_ros.sim.state import ACTION_NAMES, JOINTS, PROPRIO_NAMES, SimState
 from specprune_ros.sim.summary import summarize, wilson_interval
-from specprune_ros.sim.tasks import SHUFFLE, SKILLS, WANTED, find_task, skill_of
+from specprune_ros.sim.tasks import BASKET, SHUFFLE, SKILLS, WANTED, find_task, skill_of
 from specprune_ros.types import Observation
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -429,6 +439,107 @@ class TestCollect:
         assert not (tmp_path / 'x').exists()
 
 
+def layout_recipe(**changes: object) -> LayoutRecipe:
+    values = {
+        'cameras': ('wrist', 'side'), 'size': 8, 'split': 'train', 'detail_m': 0.008,
+        'proprio_names': PROPRIO_NAMES,
+    }  # fmt: skip
+    return LayoutRecipe(**{**values, **changes})
+
+
+class Arrangement:
+    """Still scenes without a simulator."""
+
+    def arrange(self, seed: int, hand, split: str, fingers_m: float) -> SimState:
+        rng = seed_stream(seed, split=split, task='still')
+        layout = draw_layout(SHUFFLE, rng)
+        self.places = {name: np.array([*point, 0.02]) for name, point in layout.items()}
+        self.places[BASKET] = np.array([0.0, 0.25, 0.07])
+        position, _ = hand(self.places, rng)
+        joints = np.array([0.0] * 7 + [fingers_m, -fingers_m])
+        return SimState(step=0, joints=joints, hand=position, hand_xyzw=DOWN, places=self.places)
+
+    def images(self) -> dict[str, np.ndarray]:
+        return dict.fromkeys(('wrist', 'side'), np.zeros((8, 8, 3), np.uint8))
+
+    def pixels(self, names) -> np.ndarray:
+        return np.zeros((2, len(names), 2))
+
+
+class TestStillScenes:
+    @given(SEED)
+    @settings(max_examples=60, deadline=None)
+    def test_a_low_hand_stands_over_one_object_or_between_them(self, seed):
+        rng = np.random.default_rng(seed)
+        layout = draw_layout(SHUFFLE, rng)
+        places = {name: np.array([*point, 0.02]) for name, point in layout.items()}
+        hand, turn = draw_hand(places, rng)
+        assert np.abs(turn).max() < 0.3
+        if hand[2] < 0.11:
+            gaps = np.array([np.linalg.norm(point[:2] - hand[:2]) for point in places.values()])
+            assert ((gaps < 0.02) | (gaps > 0.07)).all()
+
+    def test_a_second_run_makes_only_what_is_missing(self, tmp_path, monkeypatch):
+        made = []
+        monkeypatch.setattr(scenes, 'SHARD', 4)
+        monkeypatch.setattr(
+            scenes, '_environment', lambda *sizes: made.append(sizes) or Arrangement()
+        )
+        assert list(collect_layouts(tmp_path, layout_recipe(), 5, workers=0)) == [0, 4, 4]
+        assert list(collect_layouts(tmp_path, layout_recipe(), 12, workers=0)) == [8, 4]
+        assert len(made) == 3
+        shards = list(read_layouts(tmp_path))
+        assert [len(shard.images) for shard in shards] == [4, 4, 4]
+        assert shards[0].places.shape == (4, len(SHUFFLE.objects) + 1, 3)
+        assert not np.array_equal(shards[0].places[0], shards[0].places[1])
+        assert read_layout_recipe(tmp_path) == layout_recipe()
+
+    def test_another_recipe_in_the_folder_is_refused(self, tmp_path):
+        assert list(collect_layouts(tmp_path, layout_recipe(), 0, workers=0)) == [0]
+        with pytest.raises(ConfigError, match='size=8'):
+            list(collect_layouts(tmp_path, layout_recipe(size=16), 0, workers=0))
+
+    def test_broken_files_are_named(self, tmp_path):
+        (tmp_path / '0000000.npz').write_bytes(b'nothing')
+        with pytest.raises(RecordingError, match='cannot be read as layouts'):
+            list(read_layouts(tmp_path))
+        with pytest.raises(RecordingError, match='holds no layouts'):
+            read_layout_recipe(tmp_path)
+
+    def test_a_bad_command_line_is_answered_with_what_is_allowed(self, tmp_path, capsys):
+        for name, value, why in (
+            ('--split', 'test', 'must be one of train, eval'),
+            ('--camera', 'rear', 'simulator has'),
+            ('--layouts', '-1', 'at least 1'),
+        ):
+            options = ['collect', '--layouts', '5', name, value, '--out', str(tmp_path / 'x')]
+            assert main(options) == 2
+            assert why in capsys.readouterr().err
+        assert not (tmp_path / 'x').exists()
+
+
+class TestKinematics:
+    def test_a_point_on_the_axis_is_in_the_middle_and_one_above_is_higher(self):
+        eye = np.array([0.0, 0.0, 2.0])
+        points = np.array([[0.0, 0.0, 0.0], [0.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 3.0]])
+        seen = project(points, eye=eye, axes=np.eye(3), fovy_deg=90.0, size=100)
+        np.testing.assert_allclose(seen[:3], [[50, 50], [50, 25], [75, 50]])
+        assert np.isnan(seen[3]).all(), 'behind the camera'
+
+    @given(st.tuples(*[st.floats(-1.0, 1.0)] * 3))
+    def test_a_rotation_is_undone_by_its_opposite(self, vector):
+        turn = rotation_about(np.array(vector))
+        np.testing.assert_allclose(turn @ rotation_about(-np.array(vector)), np.eye(3), atol=1e-9)
+
+    @given(st.tuples(*[st.floats(-0.5, 0.5)] * 3))
+    def test_straightening_undoes_a_turn_from_straight_down(self, vector):
+        vector = np.array(vector)
+        angle = np.linalg.norm(vector)
+        half = np.array([*(np.sinc(angle / 2 / np.pi) / 2 * vector), np.cos(angle / 2)])
+        x, y, z, w = half  # times (1, 0, 0, 0), straight down
+        np.testing.assert_allclose(straightening(np.array([w, z, -y, -x])), -vector, atol=1e-9)
+
+
 class TestSummary:
     @pytest.mark.parametrize(
         ('successes', 'episodes', 'low', 'high'),
@@ -630,6 +741,29 @@ class TestSimulator:
             env.reset(0, 'test')
         with pytest.raises(ConfigError, match='seed'):
             env.reset(-1)
+
+    def test_a_still_scene_is_what_was_drawn(self, env):
+        recipe_of = layout_recipe(cameras=env.cameras, size=64)
+        still = render_layouts(env, recipe_of, range(4))
+        again = render_layouts(env, recipe_of, range(2, 4))
+        assert np.array_equal(still.images[2:], again.images)
+        assert np.array_equal(still.proprio[2:], again.proprio)
+        assert not np.array_equal(still.images[0], still.images[1])
+        assert np.linalg.norm(still.turn, axis=1).max() < 0.3
+        # The basket never moves: every camera that stands still sees it where it is.
+        side = still.pixels[:, 1, still.place_names.tolist().index(BASKET)]
+        assert np.ptp(side, axis=0).max() < 1.0
+        assert ((side > 0) & (side < 64)).all()
+        env.reset(0)
+        assert env.images()['side'].std() > 15, 'an episode can begin after it'
+
+    def test_only_shuffled_tasks_have_still_scenes(self):
+        from specprune_ros.sim.libero import LiberoEnv
+
+        official = LiberoEnv('libero_goal/8', size=64)
+        with pytest.raises(ConfigError, match='not shuffled'):
+            official.arrange(0, draw_hand)
+        official.close()
 
     def test_an_official_task_starts_in_its_official_states(self, env):
         from specprune_ros.sim.libero import LiberoEnv

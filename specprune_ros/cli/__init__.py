@@ -6,7 +6,19 @@ import argparse
 import sys
 
 from specprune_ros import __version__
-from specprune_ros.cli import ablate, bench, calibrate, collect, explain, info, replay, run, verify
+from specprune_ros.cli import (
+    ablate,
+    bench,
+    calibrate,
+    collect,
+    eval,
+    explain,
+    info,
+    replay,
+    run,
+    train,
+    verify,
+)
 from specprune_ros.errors import SpecPruneError
 from specprune_ros.loading import COMMANDS as INSTALL
 
@@ -18,6 +30,8 @@ COMMANDS = {
     'ablate': ablate,
     'calibrate': calibrate,
     'collect': collect,
+    'train': train,
+    'eval': eval,
     'info': info,
     'verify': verify,
 }

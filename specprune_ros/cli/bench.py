@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--cameras', type=int, nargs='+', choices=range(1, 5), metavar='N',
         help='numbers of cameras, 1 to 4; all variants and stages for each '
-        f'(default {" ".join(map(str, CAMERAS))}; with --work 1 to 4)',
+        f'(default {" ".join(map(str, CAMERAS))}) (with --work: 1 to 4)',
     )  # fmt: skip
     parser.add_argument(
         '--repeats', type=int, default=REPEATS, metavar='N',

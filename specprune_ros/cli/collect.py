@@ -7,6 +7,7 @@ interrupted one stopped. The format is described in specprune_ros/sim/dataset.py
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -17,6 +18,8 @@ from specprune_ros.cli.options import at_least
 from specprune_ros.errors import ConfigError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
     from rich.table import Table
 
     from specprune_ros.sim.dataset import Attempt, Recipe
@@ -54,6 +57,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         '--noise', type=float, default=0.5, help='of the motion, as a share of its speed'
     )
     parser.add_argument(
+        '--layouts',
+        type=int,
+        default=0,
+        metavar='N',
+        help='instead of episodes: N still scenes of the shuffled tasks, the hand anywhere',
+    )
+    parser.add_argument(
+        '--split', default='train', help='with --layouts: train, or eval for held-out scenes'
+    )
+    parser.add_argument(
         '--noisy-share', type=float, default=0.7, help='share of the episodes that have noise'
     )
 
@@ -67,14 +80,16 @@ def run(arguments: argparse.Namespace) -> int:
     from specprune_ros.sim.collect import collect, jobs_of
     from specprune_ros.sim.tasks import SKILLS
 
-    jobs = jobs_of(arguments.task or list(SKILLS), at_least('episodes', arguments.episodes, 1))
     workers = at_least('workers', arguments.workers, 0)
     if workers > (cores := os.cpu_count() or 1):
         raise ConfigError('--workers', workers, f'this machine has {cores} cores')
-    recipe = recipe_from(arguments)
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
-    attempts: list[Attempt] = []
     columns = (TextColumn('{task.description}'), BarColumn(), MofNCompleteColumn(), TimeLeft())
+    if arguments.layouts:
+        return run_layouts(arguments, workers, console, Progress(*columns, console=console))
+    jobs = jobs_of(arguments.task or list(SKILLS), at_least('episodes', arguments.episodes, 1))
+    recipe = recipe_from(arguments)
+    attempts: list[Attempt] = []
     with Progress(*columns, console=console) as progress:
         bar = progress.add_task('episodes', total=len(jobs))
         for attempt in collect(arguments.out, recipe, jobs, workers=workers):
@@ -82,6 +97,33 @@ def run(arguments: argparse.Namespace) -> int:
             failed = sum(not one.success for one in attempts)
             progress.update(bar, advance=1, description=f'episodes, {failed} failed')
     console.print(summary_table(attempts))
+    console.print(f'written to {arguments.out}')
+    return 0
+
+
+def run_layouts(
+    arguments: argparse.Namespace, workers: int, console: Console, progress: Progress
+) -> int:
+    """Collect still scenes instead of episodes."""
+    from specprune_ros.sim.layouts import SHARD, LayoutRecipe, collect_layouts
+    from specprune_ros.sim.libero import DETAIL_M, SPLITS, check_cameras
+    from specprune_ros.sim.state import PROPRIO_NAMES
+
+    check_cameras(arguments.camera)
+    if arguments.split not in SPLITS:
+        raise ConfigError('--split', arguments.split, f'must be one of {", ".join(SPLITS)}')
+    recipe = LayoutRecipe(
+        cameras=tuple(arguments.camera),
+        size=at_least('size', arguments.size, 14),
+        split=arguments.split,
+        detail_m=DETAIL_M,
+        proprio_names=PROPRIO_NAMES,
+    )
+    count = at_least('layouts', arguments.layouts, 1)
+    with progress:
+        bar = progress.add_task('still scenes', total=SHARD * math.ceil(count / SHARD))
+        for some in collect_layouts(arguments.out, recipe, count, workers=workers):
+            progress.update(bar, advance=some)
     console.print(f'written to {arguments.out}')
     return 0
 

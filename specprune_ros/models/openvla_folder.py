@@ -59,6 +59,7 @@ DINO = TowerConfig(
 SIGLIP = TowerConfig(
     width=1152, depth=27, heads=16, mlp_width=4304, registers=None, layer_scale=False
 )  # SO400M/14
+IMAGE_SIZES = [224, 224]  # px, of every published checkpoint
 MLP_RATIOS = (4.0, 3.7362)  # of the two towers, where a config gives other widths
 # What a config.json leaves out of text_config (trap 3: the epsilon is not Llama-2's).
 LLAMA_7B = {
@@ -175,6 +176,7 @@ class Folder:
             if type(value) is not int or not least <= value < llama['vocab_size']:
                 raise self._bad(name, value, f'must be a whole number from {least} on')
         self._check_overrides(config.get(OVERRIDES))
+        self._check_image_sizes(config.get('image_sizes', IMAGE_SIZES))
         self._check_means(self.checkpoint.json('preprocessor_config.json') or {})
 
     def _check_fixed(self, prefix: str, values: dict, known: dict[str, tuple]) -> None:
@@ -194,6 +196,17 @@ class Folder:
             values = []
         if len(values) != 6 or not all(type(value) is int and value > 0 for value in values):
             raise self._bad(OVERRIDES, sizes, f'needs {", ".join(names)} for two towers')
+
+    def _check_image_sizes(self, sizes: object) -> None:
+        """One size for both towers, in whole patches."""
+        try:
+            one, other = sizes
+        except (TypeError, ValueError):
+            one = other = None
+        if type(one) is not int or one != other or one < 1 or one % DINO.patch_size:
+            raise self._bad(
+                'image_sizes', sizes, f'must be [n, n], n a multiple of {DINO.patch_size}'
+            )
 
     def _check_means(self, preprocessor: dict) -> None:
         """The towers' normalisation is part of the architecture here."""
@@ -236,8 +249,11 @@ class Folder:
     @cached_property
     def towers(self) -> tuple[TowerConfig, TowerConfig]:
         """DINOv2's and SigLIP's sizes."""
-        film_width = self.width if self.film else None
-        towers = (replace(DINO, film_width=film_width), replace(SIGLIP, film_width=film_width))
+        common = {
+            'film_width': self.width if self.film else None,
+            'image_size': self.checkpoint.config.get('image_sizes', IMAGE_SIZES)[0],
+        }
+        towers = (replace(DINO, **common), replace(SIGLIP, **common))
         sizes = self.checkpoint.config.get(OVERRIDES)
         if sizes is None:
             return towers

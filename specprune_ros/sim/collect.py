@@ -208,7 +208,7 @@ def _attempts(
             yield attempt_episode(folder, recipe, task, seed)
         return
     # A forked renderer would share its parent's GL context, hence new interpreters.
-    pool = ProcessPoolExecutor(workers, get_context('spawn'), initializer=_begin_worker)
+    pool = ProcessPoolExecutor(workers, get_context('spawn'), initializer=begin_worker)
     try:
         futures = [pool.submit(attempt_episode, folder, recipe, *job) for job in jobs]
         for future in as_completed(futures):
@@ -217,7 +217,7 @@ def _attempts(
         pool.shutdown(cancel_futures=True)
 
 
-def _begin_worker() -> None:
+def begin_worker() -> None:
     """One thread per worker, and Ctrl-C is the parent's: it lets started episodes end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ['OMP_NUM_THREADS'] = '1'

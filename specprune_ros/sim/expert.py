@@ -154,6 +154,12 @@ def upright(hand_xyzw: np.ndarray) -> np.ndarray:
     Returns:
         [3] roll, pitch, yaw in the world frame, unit 1.
     """
+    rotation = straightening(hand_xyzw)
+    return np.clip(rotation / RADIANS_PER_UNIT, -MAX_ROTATION, MAX_ROTATION)
+
+
+def straightening(hand_xyzw: np.ndarray) -> np.ndarray:
+    """[3] rad, the rotation in the world frame that makes a hand [4] point straight down."""
     x, y, z, w = hand_xyzw
     # Straight down is (1, 0, 0, 0): its product with the conjugate of the hand's quaternion.
     error = np.array([w, z, -y, x])
@@ -162,5 +168,4 @@ def upright(hand_xyzw: np.ndarray) -> np.ndarray:
     if sine == 0.0:
         return np.zeros(3)
     angle = 2.0 * np.arctan2(sine, abs(scalar))
-    rotation = vector * (np.copysign(angle, scalar) / sine)
-    return np.clip(rotation / RADIANS_PER_UNIT, -MAX_ROTATION, MAX_ROTATION)
+    return vector * (np.copysign(angle, scalar) / sine)

@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 
 from specprune_ros.errors import ConfigError, MissingDependencyError
-from specprune_ros.sim.placement import draw_layout, seed_stream
+from specprune_ros.sim.expert import straightening
+from specprune_ros.sim.kinematics import project, rotation_about, solve_hand
+from specprune_ros.sim.placement import HandDraw, draw_layout, seed_stream
 from specprune_ros.sim.simplify import simplify_model
 from specprune_ros.sim.state import ACTION_NAMES, OPEN, STEP_NS, SimState
 from specprune_ros.sim.tasks import SEEDS, SimTask, find_task
@@ -35,6 +37,7 @@ SETTLE_STEPS = 10  # LIBERO's protocol: objects fall into place, the gripper ope
 DETAIL_M = 0.008  # of visual meshes; smaller details go
 MAX_SIZE = 640
 FINGERS = 2
+MAX_ARRANGEMENTS = 1000  # one in some hundred hands cannot be reached
 INSTALL = 'pip install "specprune_ros[sim]", in an environment of its own: it pins NumPy 1.26'
 
 
@@ -96,6 +99,7 @@ class LiberoEnv:
         self._prepare_model(detail_m, size)
         self._size = size
         self._renderer: Any = None
+        self._rest: np.ndarray | None = None  # qpos of a settled episode
 
     def reset(self, seed: int, split: str = 'eval') -> SimState:
         """Begin an episode, and let everything settle.
@@ -146,6 +150,73 @@ class LiberoEnv:
         self._steps += 1
         self.state = self._read_state()
         return self.state
+
+    def arrange(
+        self, seed: int, hand: HandDraw, split: str = 'train', fingers_m: float = 0.04
+    ) -> SimState:
+        """A still scene: a drawn layout, and the arm anywhere; nothing moves or falls.
+
+        Args:
+            seed: which scene; other draws than those of `reset`.
+            hand: draws where the hand is.
+            split: 'train' or 'eval'.
+            fingers_m: how far each finger is open.
+
+        Raises:
+            ConfigError: the task's objects are not shuffled, or a bad seed or split.
+        """
+        if self.task.shuffle is None:
+            raise ConfigError('task', self.task.name, 'its objects are not shuffled')
+        if self._rest is None:
+            self.reset(0, 'train')
+            self._rest = self._env.env.sim.data.qpos.copy()
+        rng = seed_stream(seed, split=f'{split} layout', task=self.task.suite)
+        data = self._env.env.sim.data._data
+        for _ in range(MAX_ARRANGEMENTS):
+            data.qpos[:] = self._rest
+            self._place(draw_layout(self.task.shuffle, rng))
+            places = self._places()
+            if self._move_hand(*hand(places, rng), fingers_m):
+                break
+        else:
+            raise RuntimeError(f'no hand of {MAX_ARRANGEMENTS} could be reached')
+        self._env.env.sim.forward()
+        self._observed = {
+            'robot0_joint_pos': data.qpos[self._robot._ref_joint_pos_indexes].copy(),
+            'robot0_gripper_qpos': data.qpos[self._robot._ref_gripper_joint_pos_indexes].copy(),
+            'robot0_eef_pos': data.site_xpos[self._robot.eef_site_id].copy(),
+            'robot0_eef_quat': self._hand_xyzw(),
+        }
+        self._steps = 0
+        self.state = self._read_state()
+        return self.state
+
+    def pixels(self, names: Sequence[str]) -> np.ndarray:
+        """Where objects and regions appear in the images of this state.
+
+        Args:
+            names: out of `state.places`.
+
+        Returns:
+            [V, O, 2] px to the right and down from the top left corner, perhaps outside of the
+            image or hidden; NaN behind the camera.
+        """
+        sim = self._env.env.sim
+        model, data = sim.model._model, sim.data._data
+        points = np.array([self.state.places[name] for name in names])
+        seen = []
+        for name in self.cameras:
+            camera = model.camera(CAMERAS[name]).id
+            seen.append(
+                project(
+                    points,
+                    eye=data.cam_xpos[camera],
+                    axes=data.cam_xmat[camera].reshape(3, 3),
+                    fovy_deg=float(model.cam_fovy[camera]),
+                    size=self._size,
+                )
+            )
+        return np.stack(seen)
 
     @property
     def success(self) -> bool:
@@ -222,11 +293,41 @@ class LiberoEnv:
     def _advance(self, action: np.ndarray) -> None:
         self._observed, *_ = self._env.step(action)
 
-    def _read_state(self) -> SimState:
-        env, seen = self._env.env, self._observed
+    @property
+    def _robot(self) -> Any:
+        return self._env.env.robots[0]
+
+    def _move_hand(self, position: np.ndarray, turn: np.ndarray, fingers_m: float) -> bool:
+        """Bring the hand somewhere, turned by [3] rad from straight down; False: it cannot."""
+        sim, robot = self._env.env.sim, self._robot
+        sim.data.qpos[robot._ref_gripper_joint_pos_indexes] = (fingers_m, -fingers_m)
+        sim.forward()
+        # The site's own rotation, brought from the hand's present pose to straight down.
+        now = sim.data._data.site_xmat[robot.eef_site_id].reshape(3, 3)
+        down = rotation_about(straightening(self._hand_xyzw())) @ now
+        return solve_hand(
+            sim.model._model,
+            sim.data._data,
+            site=robot.eef_site_id,
+            joints=np.asarray(robot._ref_joint_pos_indexes),
+            dofs=np.asarray(robot._ref_joint_vel_indexes),
+            position=position,
+            rotation=rotation_about(turn) @ down,
+        )
+
+    def _hand_xyzw(self) -> np.ndarray:
+        body = self._env.env.sim.data.get_body_xquat(self._robot.robot_model.eef_name)
+        return np.roll(body, -1)
+
+    def _places(self) -> dict[str, np.ndarray]:
+        env = self._env.env
         data = env.sim.data
         places = {name: data.body_xpos[body].copy() for name, body in env.obj_body_id.items()}
-        places |= {name: data.get_site_xpos(name).copy() for name in env.object_sites_dict}
+        return places | {name: data.get_site_xpos(name).copy() for name in env.object_sites_dict}
+
+    def _read_state(self) -> SimState:
+        seen = self._observed
+        places = self._places()
         joints = np.concatenate((seen['robot0_joint_pos'], seen['robot0_gripper_qpos']))
         return SimState(
             step=self._steps,

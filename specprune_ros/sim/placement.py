@@ -6,12 +6,14 @@ a policy can learn the motion and ignore the images. Here the objects change pla
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 MAX_DRAWS = 100_000  # about 30 are needed
+# What stands where, and a generator -> position of the hand [3], m, and its turn [3], rad.
+HandDraw = Callable[[Mapping[str, np.ndarray], np.random.Generator], tuple[np.ndarray, np.ndarray]]
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,8 @@ SUITES = {
     'libero_90': (90, 400),
 }
 SHUFFLED = 'object_shuffled'
+# What a policy is given where images, or the instruction, are withheld from it.
+GREY, WITHHELD = 128, 'do it'
 OFFICIAL_STATES = 50  # per task
 SEEDS = 2**31  # of a drawn layout
 

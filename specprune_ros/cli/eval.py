@@ -1,0 +1,164 @@
+"""Measure success in simulation: tasks x methods x seeds, the same episodes for every method.
+
+The same command goes on where an interrupted one stopped. Writes episodes.csv and evaluation.json;
+the table is of all its episodes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import yaml
+
+from specprune_ros.cli.options import add_config_arguments, at_least
+from specprune_ros.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from specprune_ros.sim.comparison import Cell
+    from specprune_ros.sim.evaluate import Plan
+
+WIDTH = 120  # columns where the output is no terminal
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument(
+        'checkpoint', type=Path, help='folder that `specprune train` wrote, with its params.yaml'
+    )
+    parser.add_argument(
+        '--task',
+        nargs='+',
+        action='extend',
+        default=[],
+        metavar='NAME',
+        help='e.g. object_shuffled/0; default: object_shuffled/0 to 3',
+    )
+    parser.add_argument(
+        '--method',
+        nargs='+',
+        action='extend',
+        default=[],
+        metavar='NAME[:FIELD=VALUE,...]',
+        help='dense, or a pruning method; the first one is what others are compared with',
+    )
+    parser.add_argument('--seeds', type=int, default=20, metavar='N', help='held-out seeds 0..N-1')
+    parser.add_argument(
+        '--condition',
+        default='normal',
+        help='normal; grey: images tell nothing; withheld, wrong: the instruction does not',
+    )
+    parser.add_argument('--out', type=Path, default=Path('out/eval'), help='output folder')
+    parser.add_argument('--workers', type=int, default=1, help='processes; 0: this one')
+    parser.add_argument('--size', type=int, default=112, help='side of an image, px')
+    parser.add_argument('--json', type=Path, help='write the table here as well')
+    add_config_arguments(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from specprune_ros.sim.comparison import compare
+    from specprune_ros.sim.evaluate import DENSE, evaluate, jobs_of
+    from specprune_ros.sim.tasks import SHUFFLED, WANTED
+
+    tasks = arguments.task or [f'{SHUFFLED}/{index}' for index in range(len(WANTED))]
+    methods = arguments.method or [DENSE, 'specprune']
+    jobs = jobs_of(tasks, methods, at_least('seeds', arguments.seeds, 1))
+    workers = at_least('workers', arguments.workers, 0)
+    if workers > (cores := os.cpu_count() or 1):
+        raise ConfigError('--workers', workers, f'this machine has {cores} cores')
+    plan = plan_from(arguments)
+    console = Console(width=None if sys.stdout.isatty() else WIDTH)
+    results = []
+    with Progress(console=console) as progress:
+        bar = progress.add_task('episodes', total=len(jobs))
+        for result in evaluate(arguments.out, plan, jobs, workers=workers):
+            results.append(result)
+            good = sum(one.success for one in results)
+            progress.update(bar, advance=1, description=f'episodes, {good} solved')
+    order = {method: index for index, method in enumerate(methods)}
+    cells = compare(sorted(results, key=lambda one: order[one.method]), methods[0])
+    console.print(cell_table(cells, plan.condition))
+    if arguments.json:
+        content = {'plan': dataclasses.asdict(plan), 'cells': [_plain(cell) for cell in cells]}
+        arguments.json.write_text(json.dumps(content, indent=2) + '\n')
+    console.print(f'written to {arguments.out}')
+    return 0
+
+
+def plan_from(arguments: argparse.Namespace) -> Plan:
+    """What all episodes share.
+
+    Raises:
+        ConfigError: a value is bad, or the folder is none of `specprune train`.
+    """
+    from specprune_ros.sim.evaluate import CONDITIONS, Plan
+
+    params = arguments.checkpoint / 'params.yaml'
+    if not params.is_file():
+        raise ConfigError('checkpoint', str(arguments.checkpoint), 'holds no params.yaml')
+    if arguments.condition not in CONDITIONS:
+        why = f'must be one of {", ".join(CONDITIONS)}'
+        raise ConfigError('--condition', arguments.condition, why)
+    # One thread: workers share the machine, and a latency means something beside others.
+    overrides: dict[str, object] = {
+        'model.checkpoint': str(arguments.checkpoint),
+        'model.threads': 1,
+    }
+    for text in arguments.set:
+        name, equals, value = text.partition('=')
+        if not equals:
+            raise ConfigError('--set', text, 'must look like pruning.alpha=0.6')
+        overrides[name.strip()] = yaml.safe_load(value)
+    return Plan(
+        params=(str(params), *arguments.params),
+        overrides=overrides,
+        size=at_least('size', arguments.size, 14),
+        condition=arguments.condition,
+    )
+
+
+def cell_table(cells: Sequence[Cell], condition: str) -> Table:
+    """Success, its interval and paired test, and what it took."""
+    from rich.table import Table
+
+    table = Table(title='success' if condition == 'normal' else f'success, {condition}')
+    for name in (
+        'task', 'method', 'success', '95 %', 'won, lost', 'p', 'steps', 'ms', 'kept', 'fine',
+    ):  # fmt: skip
+        table.add_column(name, justify='left' if name in ('task', 'method') else 'right')
+    for cell in cells:
+        table.add_row(
+            cell.task or 'all',
+            cell.method,
+            f'{cell.successes}/{cell.episodes}',
+            f'{cell.low:.0%} to {cell.high:.0%}',
+            '' if cell.won is None else f'{cell.won}, {cell.lost}',
+            '' if cell.p_value is None else f'{cell.p_value:.3f}',
+            '' if math.isnan(cell.steps) else f'{cell.steps:.0f}',
+            f'{cell.latency_ms:.1f}',
+            f'{cell.kept:.0%}',
+            f'{cell.fine:.0%}',
+        )
+    return table
+
+
+def _plain(cell: Cell) -> dict[str, object]:
+    """JSON has no NaN."""
+    values = dataclasses.asdict(cell)
+    return {
+        name: None if isinstance(value, float) and math.isnan(value) else value
+        for name, value in values.items()
+    }

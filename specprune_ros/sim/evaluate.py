@@ -1,0 +1,397 @@
+"""Success in closed loop: tasks x methods x seeds, paired, parallel, interrupted and gone on with.
+
+Every method meets the same episodes. A method is `NAME` or `NAME:FIELD=VALUE,...`, fields of
+PruneConfig; a condition changes what the policy is given, to find out what it needs.
+
+    <folder>/evaluation.json     what all episodes share: `Plan`
+    <folder>/episodes.csv        one line per episode: `Result`
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import functools
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+from specprune_ros.ablation.task import Driven
+from specprune_ros.config import PolicyConfig, PruneConfig
+from specprune_ros.config_files import load_config
+from specprune_ros.errors import ConfigError, RecordingError
+from specprune_ros.images import CameraImage
+from specprune_ros.sim.closed_loop import LiberoTask, check_robot
+from specprune_ros.sim.collect import begin_worker
+from specprune_ros.sim.libero import LiberoEnv
+from specprune_ros.sim.tasks import GREY, SHUFFLED, WANTED, WITHHELD, find_task
+from specprune_ros.types import ExecutedAction, Mode, Observation, PolicyResult
+
+PLAN, EPISODES = 'evaluation.json', 'episodes.csv'
+DENSE = 'dense'
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What all episodes of a folder share.
+
+    Attributes:
+        params: parameter files.
+        overrides: flat names -> values, over the files.
+        size: height and width of the rendered images, px.
+        condition: a key of CONDITIONS.
+    """
+
+    params: tuple[str, ...]
+    overrides: Mapping[str, object]
+    size: int
+    condition: str = 'normal'
+
+    def policy_config(self) -> PolicyConfig:
+        """The configuration that methods change the pruning of.
+
+        Raises:
+            ConfigError: a file, name or value is bad.
+        """
+        return load_config(self.params, self.overrides)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """One episode.
+
+    Attributes:
+        task, method: names.
+        seed: of the initial state.
+        success: LIBERO's check.
+        steps: control steps until success or the end.
+        queries: of the policy.
+        latency_ms: median of them, end to end; the first one left out where there are more.
+        kept: share of the visual tokens after the last layer, mean over queries.
+        static: the same after static pruning.
+        fine: share of the queries in fine mode.
+    """
+
+    task: str
+    method: str
+    seed: int
+    success: bool
+    steps: int
+    queries: int
+    latency_ms: float
+    kept: float
+    static: float
+    fine: float
+
+
+Job = tuple[str, str, int]  # task, method, seed
+
+
+def pruning_of(method: str, base: PruneConfig) -> PruneConfig:
+    """The pruning that a method's name stands for.
+
+    Args:
+        method: 'dense', a method's name, or one with fields: 'specprune:alpha=0.6,budget=fixed'.
+        base: what the fields change.
+
+    Raises:
+        ConfigError: no such method or field, or a bad value.
+    """
+    from specprune_ros.pruning import make_method
+
+    name, _, text = method.partition(':')
+    changes: dict[str, object] = {'method': 'none' if name == DENSE else name, 'guard_every': 0}
+    for part in filter(None, text.split(',')):
+        field, equals, value = part.partition('=')
+        known = {f.name for f in dataclasses.fields(PruneConfig)}
+        if not equals or field not in known:
+            raise ConfigError('--method', method, f'{part!r} is no field of pruning=value')
+        changes[field] = yaml.safe_load(value)
+        if isinstance(getattr(base, field), float) and type(changes[field]) is int:
+            changes[field] = float(changes[field])
+    pruning = dataclasses.replace(base, **changes)
+    make_method(pruning)
+    return pruning
+
+
+# What a policy is given instead -----------------------------------------------------------------
+
+
+def _normal(observation: Observation, task: str) -> Observation:
+    return observation
+
+
+def _grey(observation: Observation, task: str) -> Observation:
+    images = {n: np.full_like(image, GREY) for n, image in observation.images.items()}
+    return dataclasses.replace(observation, images=images)
+
+
+def _withheld(observation: Observation, task: str) -> Observation:
+    return dataclasses.replace(observation, instruction=WITHHELD)
+
+
+def _wrong(observation: Observation, task: str) -> Observation:
+    suite, _, index = task.partition('/')
+    if suite != SHUFFLED:
+        raise ConfigError('--condition', 'wrong', f'only tasks of {SHUFFLED} share their scenes')
+    other = find_task(f'{SHUFFLED}/{(int(index) + 1) % len(WANTED)}')
+    return dataclasses.replace(observation, instruction=other.instruction)
+
+
+CONDITIONS: dict[str, Callable[[Observation, str], Observation]] = {
+    'normal': _normal,
+    'grey': _grey,  # images tell nothing
+    'withheld': _withheld,  # the instruction tells nothing
+    'wrong': _wrong,  # the instruction of the next task; success is still that of the task
+}
+
+
+class Conditioned:
+    """A policy that is given something else than what there is, and whose queries are noted.
+
+    Args:
+        policy: that acts.
+        condition: a key of CONDITIONS.
+        task: its name.
+
+    Attributes:
+        results: of every query since the reset.
+    """
+
+    def __init__(self, policy: Driven, condition: str, task: str):
+        self._policy = policy
+        self._change = CONDITIONS[condition]
+        self._task = task
+        self.results: list[PolicyResult] = []
+
+    @property
+    def config(self) -> PolicyConfig:
+        """The policy's."""
+        return self._policy.config
+
+    def reset(self) -> None:
+        """A new episode begins."""
+        self._policy.reset()
+        self.results.clear()
+
+    def infer(self, observation: Observation) -> PolicyResult:
+        """One query."""
+        self.results.append(self._policy.infer(self._change(observation, self._task)))
+        return self.results[-1]
+
+    def observe_executed(
+        self,
+        action: ExecutedAction | None,
+        images: Mapping[str, np.ndarray | CameraImage] | None = None,
+    ) -> bool:
+        """One control step was executed; a grey policy sees grey here too."""
+        if images is not None and self._change is _grey:
+            images = dict.fromkeys(images, np.full_like(next(iter(images.values())), GREY))
+        return self._policy.observe_executed(action, images)
+
+
+# Episodes ---------------------------------------------------------------------------------------
+
+
+def run_episode(plan: Plan, job: Job) -> Result:
+    """One episode of one method.
+
+    Raises:
+        ConfigError, MissingDependencyError, CheckpointError: see LiberoEnv and Policy.load.
+        ObservationError, ActionError: see Policy.infer.
+    """
+    task, method, seed = job
+    config = plan.policy_config()
+    env = _environment(task, config.robot.camera_names, plan.size)
+    policy = Conditioned(_policy(_Frozen(plan), method), plan.condition, task)
+    (end,) = LiberoTask(env, config.robot).run(policy, seed)
+    return result_of(job, end, policy.results)
+
+
+def result_of(job: Job, end: Mapping[str, float], results: Sequence[PolicyResult]) -> Result:
+    """The line of an episode.
+
+    Args:
+        job: which one.
+        end: 'success' and 'steps'.
+        results: of its queries, at least one.
+    """
+    task, method, seed = job
+    reports = [result.report for result in results]
+    times = [1e3 * report.latency_total_s for report in reports]
+    total = [report.tokens_total.sum() for report in reports]
+    return Result(
+        task=task,
+        method=method,
+        seed=seed,
+        success=bool(end['success']),
+        steps=int(end['steps']),
+        queries=len(reports),
+        latency_ms=round(float(np.median(times[1:] or times)), 3),
+        kept=_mean([r.tokens_kept.sum() / n for r, n in zip(reports, total, strict=True)]),
+        static=_mean([r.tokens_static.sum() / n for r, n in zip(reports, total, strict=True)]),
+        fine=_mean([r.mode == Mode.FINE for r in reports]),
+    )
+
+
+def _mean(values: Sequence[float]) -> float:
+    return round(float(np.mean(values)), 5)
+
+
+@dataclass(frozen=True, eq=False)
+class _Frozen:
+    """A plan as a key of a cache: overrides are a dict."""
+
+    plan: Plan
+
+    def _key(self) -> str:
+        return json.dumps(dataclasses.asdict(self.plan), sort_keys=True)
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Frozen) and self._key() == other._key()
+
+
+@functools.lru_cache(maxsize=1)
+def _model(frozen: _Frozen):
+    from specprune_ros.models import load
+
+    return load(frozen.plan.policy_config())
+
+
+@functools.lru_cache(maxsize=1)
+def _policy(frozen: _Frozen, method: str) -> Driven:
+    from specprune_ros.policy import Policy
+
+    config = frozen.plan.policy_config()
+    pruning = pruning_of(method, config.pruning)
+    policy = Policy(_model(frozen), dataclasses.replace(config, pruning=pruning))
+    policy.warm_up()
+    return policy
+
+
+@functools.lru_cache(maxsize=1)  # building one takes seconds; jobs come ordered by task
+def _environment(task: str, cameras: tuple[str, ...], size: int) -> LiberoEnv:
+    return LiberoEnv(task, cameras=cameras, size=size)
+
+
+def jobs_of(tasks: Sequence[str], methods: Sequence[str], seeds: int) -> list[Job]:
+    """Every method on every task with seeds 0..seeds-1.
+
+    Raises:
+        ConfigError: no such task, or it has fewer seeds.
+    """
+    for name in tasks:
+        if seeds > find_task(name).seeds:
+            raise ConfigError('--seeds', seeds, f'{name} has only {find_task(name).seeds}')
+    return [(task, method, seed) for task in tasks for method in methods for seed in range(seeds)]
+
+
+def evaluate(folder: Path, plan: Plan, jobs: Sequence[Job], *, workers: int) -> Iterator[Result]:
+    """Run the episodes that a folder lacks.
+
+    Args:
+        folder: made if it is not there.
+        plan: of the folder.
+        jobs: what it is to have.
+        workers: processes; 0 works in this one.
+
+    Yields:
+        every result when it is written: those of earlier runs first.
+
+    Raises:
+        ConfigError: the folder holds another evaluation; see also `run_episode`.
+        RecordingError: its ledger is damaged.
+    """
+    config = plan.policy_config()
+    check_robot(config.robot)
+    for method in dict.fromkeys(method for _, method, _ in jobs):
+        pruning_of(method, config.pruning)
+    before = open_folder(folder, plan)
+    wanted = set(jobs)
+    yield from (one for one in before if (one.task, one.method, one.seed) in wanted)
+    done = {(one.task, one.method, one.seed) for one in before}
+    for result in _results(plan, [job for job in jobs if job not in done], workers):
+        append_result(folder, result)
+        yield result
+
+
+def _results(plan: Plan, jobs: Sequence[Job], workers: int) -> Iterator[Result]:
+    if not workers or not jobs:
+        yield from (run_episode(plan, job) for job in jobs)
+        return
+    # A forked renderer would share its parent's GL context, hence new interpreters.
+    pool = ProcessPoolExecutor(workers, get_context('spawn'), initializer=begin_worker)
+    try:
+        futures = [pool.submit(run_episode, plan, job) for job in jobs]
+        for future in as_completed(futures):
+            yield future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+# On disk ----------------------------------------------------------------------------------------
+
+
+def open_folder(folder: Path, plan: Plan) -> list[Result]:
+    """Make a folder, or go on with one.
+
+    Returns:
+        the episodes that were run before.
+
+    Raises:
+        ConfigError: it holds another evaluation.
+        RecordingError: a line of the ledger is damaged.
+    """
+    path = folder / PLAN
+    text = json.dumps(dataclasses.asdict(plan), indent=2, sort_keys=True, default=list) + '\n'
+    if path.exists():
+        if json.loads(path.read_text()) != json.loads(text):
+            raise ConfigError('--out', str(folder), f'holds another evaluation, see {PLAN}')
+        return read_results(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return []
+
+
+def append_result(folder: Path, result: Result) -> None:
+    """Add a line to the ledger."""
+    names = [field.name for field in dataclasses.fields(Result)]
+    with (folder / EPISODES).open('a', newline='') as file:
+        writer = csv.DictWriter(file, names, lineterminator='\n')
+        if not file.tell():
+            writer.writeheader()
+        writer.writerow({**dataclasses.asdict(result), 'success': int(result.success)})
+
+
+def read_results(folder: Path) -> list[Result]:
+    """All episodes, in the order in which they ended; half a line at the end is dropped.
+
+    Raises:
+        RecordingError: a line is damaged.
+    """
+    path = folder / EPISODES
+    text = path.read_text() if path.exists() else ''
+    if text and not text.endswith('\n'):
+        text = text[: text.rfind('\n') + 1]
+        path.write_text(text)
+    rows = csv.DictReader(text.splitlines())
+    return [_result(path, row) for row in rows]
+
+
+def _result(path: Path, row: dict[str, str]) -> Result:
+    try:
+        whole = {name: int(row[name]) for name in ('seed', 'steps', 'queries')}
+        real = {name: float(row[name]) for name in ('latency_ms', 'kept', 'static', 'fine')}
+        success = bool(int(row['success']))
+        return Result(task=row['task'], method=row['method'], success=success, **whole, **real)
+    except (KeyError, TypeError, ValueError) as error:
+        raise RecordingError(path, f'has a damaged line {row}: {error}') from error

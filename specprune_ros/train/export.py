@@ -1,0 +1,219 @@
+"""A trained network as a checkpoint folder in OpenVLA-OFT's layout, with its model card.
+
+Source: openvla_oft spec, sections 1 to 3.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from torch import Tensor
+
+from specprune_ros.models.openvla_folder import MEANS, OVERRIDES, STDS
+from specprune_ros.models.openvla_oft import Bounds
+from specprune_ros.sim.state import ACTION_NAMES, STEP_NS
+from specprune_ros.train.config import NetworkConfig
+from specprune_ros.train.data import TrainingSet
+from specprune_ros.train.gate import Gate
+from specprune_ros.train.network import llama_sizes
+from specprune_ros.train.trainer import Trainer
+from specprune_ros.train.vocabulary import FILE as TOKENIZER
+
+PARAMS = 'params.yaml'
+DATASET = 'specprune_sim'  # key of the statistics
+
+
+def export(trainer: Trainer, folder: Path, gate: Gate | None = None) -> Path:
+    """Write the averaged weights; auxiliary heads stay behind.
+
+    Args:
+        trainer: what to write.
+        folder: made if it is not there.
+        gate: a measurement for the model card; None measures now.
+
+    Returns:
+        the folder.
+
+    Raises:
+        MissingDependencyError: safetensors is not installed.
+    """
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    network, data = trainer.averaged[0], trainer.data
+    for stale in folder.glob('*_checkpoint.pt'):  # two steps in one folder are refused
+        stale.unlink()
+    parts = ('vision_backbone', 'projector', 'language_model')
+    weights = {
+        f'{name}.{key}': tensor.cpu().contiguous()
+        for name in parts
+        for key, tensor in getattr(network, name).state_dict().items()
+    }
+    save_file(weights, folder / 'model.safetensors')
+    head = {f'module.model.{k}': v.cpu() for k, v in network.action_head.state_dict().items()}
+    proprio = {f'module.{k}': v.cpu() for k, v in network.proprio_projector.state_dict().items()}
+    torch.save(head, folder / f'action_head--{trainer.step}_checkpoint.pt')
+    torch.save(proprio, folder / f'proprio_projector--{trainer.step}_checkpoint.pt')
+    shutil.copy(trainer.folder / TOKENIZER, folder)
+    sizes = trainer.config.network
+    _write_json(folder / 'config.json', config_json(sizes))
+    _write_json(folder / 'dataset_statistics.json', {DATASET: statistics_json(data)})
+    _write_json(folder / 'preprocessor_config.json', preprocessor_json(sizes.image_size))
+    params = parameters(trainer)
+    (folder / PARAMS).write_text(yaml.safe_dump(params, sort_keys=False))
+    card = model_card(trainer, trainer.gate() if gate is None else gate, _bytes(weights))
+    (folder / 'README.md').write_text(card)
+    return folder
+
+
+def config_json(sizes: NetworkConfig) -> dict:
+    """config.json with the towers' sizes where the published ones are implied."""
+    text = {name: value for name, value in llama_sizes(sizes).items() if value is not None}
+    return {
+        'model_type': 'openvla',
+        'architectures': ['OpenVLAForActionPrediction'],
+        'arch_specifier': 'no-align+fused-gelu-mlp',
+        'vision_backbone_id': 'dinosiglip-vit-so-224px',
+        'use_fused_vision_backbone': True,
+        'image_resize_strategy': 'resize-naive',
+        'image_sizes': [sizes.image_size] * 2,
+        'llm_max_length': text['max_position_embeddings'],
+        'n_action_bins': 256,
+        'pad_to_multiple_of': 64,
+        'torch_dtype': 'float32',
+        'text_config': {'model_type': 'llama', **text},
+        OVERRIDES: [
+            {'embed_dim': width, 'depth': depth, 'num_heads': sizes.tower_heads}
+            for width, depth in (
+                (sizes.dino_width, sizes.dino_depth),
+                (sizes.siglip_width, sizes.siglip_depth),
+            )
+        ],
+    }
+
+
+def statistics_json(data: TrainingSet) -> dict:
+    """One dataset's entry of dataset_statistics.json, as far as normalisation needs it."""
+    return {
+        'action': {**_quantiles(data.action_bounds), 'mask': data.action_bounds.mask.tolist()},
+        'proprio': _quantiles(data.proprio_bounds),
+        'num_transitions': len(data.demos) + len(data.layouts),
+        'num_trajectories': data.episodes,
+    }
+
+
+def _quantiles(bounds: Bounds) -> dict:
+    return {'q01': np.asarray(bounds.low).tolist(), 'q99': np.asarray(bounds.high).tolist()}
+
+
+def preprocessor_json(size: int) -> dict:
+    """What published folders tell of the images."""
+    return {
+        'image_resize_strategy': 'resize-naive',
+        'input_sizes': [[3, size, size]] * 2,
+        'means': [list(mean) for mean in MEANS],
+        'stds': [list(std) for std in STDS],
+        'use_fused_vision_backbone': True,
+    }
+
+
+def parameters(trainer: Trainer) -> dict:
+    """A parameter file that runs the folder; only `model.checkpoint` is missing."""
+    data = trainer.config.data
+    robot = {
+        'camera_names': list(trainer.data.cameras),
+        'camera_rotations': [0],
+        'camera_transports': ['raw'],
+        'joint_names': list(data.proprio),
+        'normalization': 'bounds_q99',
+        'action_names': list(ACTION_NAMES),
+        'action_units': ['1'],
+        'action_space': 'eef_delta_pose',
+        'action_min': [-1.0],
+        'action_max': [1.0],
+        'gripper': 'close_positive',
+        'horizon': data.horizon,
+        'step_dt_s': STEP_NS / 1e9,
+        'frame_id': 'panda_link0',
+    }
+    model = {
+        'name': 'openvla_oft',
+        'unnorm_key': DATASET,
+        'center_crop': False,
+        'dtype': 'float32',
+    }
+    return {'/**': {'ros__parameters': {'robot': robot, 'model': model}}}
+
+
+def model_card(trainer: Trainer, gate: Gate, size: int) -> str:
+    """README.md: what it is, from what and how it was made, and what is known of it."""
+    config, data = trainer.config, trainer.data
+    count = sum(p.numel() for p in trainer.averaged[0].parameters())
+    sentences = '\n'.join(f'- {text}' for text in data.instructions)
+    done = f'{trainer.step} of {config.fit.steps} steps'
+    verdict = 'holds' if gate.passed() else 'DOES NOT HOLD: no figure about pruning counts'
+    return CARD.format(
+        count=count / 1e6,
+        megabytes=size / 1e6,
+        cameras=', '.join(data.cameras),
+        patches=(config.network.image_size // 14) ** 2,
+        layers=config.network.layers,
+        width=config.network.width,
+        horizon=config.data.horizon,
+        sentences=sentences,
+        episodes=data.episodes,
+        frames=len(data.demos),
+        scenes=len(data.layouts),
+        done=done,
+        hours=trainer.seconds / 3600,
+        threads=config.fit.threads,
+        device=trainer.device,
+        seed=config.fit.seed,
+        withheld=config.data.withheld,
+        batch=config.fit.layout_images * config.fit.layout_instructions + config.fit.demo_frames,
+        held_out=min(config.fit.gate_scenes, len(data.gate)),
+        nearest=gate.nearest,
+        error=gate.error_mm,
+        heading=gate.heading_deg,
+        verdict=verdict,
+    )
+
+
+CARD = """# A small VLA for LIBERO's scenes, trained with `specprune train`
+
+The architecture of OpenVLA-OFT with {count:.2f} M parameters ({megabytes:.1f} MB): two vision
+towers, a bidirectional Llama of {layers} layers, width {width}, and an L1 head for chunks of
+{horizon} actions.
+Cameras: {cameras}, {patches} patches each. For simulation and tests; never for a real arm.
+
+It knows these instructions, and nothing else:
+
+{sentences}
+
+| | |
+|---|---|
+| data | {episodes} episodes of a scripted expert ({frames} frames), {scenes} still scenes |
+| made with | `specprune collect`, training split; layouts are drawn anew for every episode |
+| withheld from it | {withheld} |
+| training | {done}, batch {batch}, seed {seed}, {hours:.1f} h on {device}, {threads} thread(s) |
+| held-out scenes | {held_out}: told the right object in {nearest:.0%}, off by {error:.0f} mm |
+| heading | off by {heading:.0f} degrees (median) |
+| gate (98 %, 10 mm) | {verdict} |
+| licence | as the package; no weights or files of others. LIBERO (MIT) rendered the images |
+
+Success in closed loop is not in this card; `specprune eval FOLDER` measures it. `params.yaml`
+holds all that a launch needs but the folder's own path (`model.checkpoint`).
+"""
+
+
+def _write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2) + '\n')
+
+
+def _bytes(weights: dict[str, Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in weights.values())

@@ -1,0 +1,271 @@
+"""`specprune eval`: paired episodes, the tests on them, and going on after an interruption."""
+
+import dataclasses
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from conftest import ACTION_NAMES
+from hypothesis import given
+from hypothesis import strategies as st
+from test_sim import JOINTS, World
+
+from specprune_ros.cli import main
+from specprune_ros.config import PruneConfig
+from specprune_ros.errors import ConfigError, RecordingError
+from specprune_ros.sim import evaluate as evaluating
+from specprune_ros.sim.comparison import compare, discordant, mcnemar
+from specprune_ros.sim.evaluate import Conditioned, Plan, Result, pruning_of, read_results
+from specprune_ros.types import Mode, Observation, PolicyResult, PruneReport
+
+TASKS = ['object_shuffled/0', 'object_shuffled/1']
+OVERRIDES = {
+    'robot.camera_names': ('wrist', 'side'),
+    'robot.joint_names': JOINTS,
+    'robot.action_names': ACTION_NAMES,
+    'model.name': 'tiny',
+}
+PLAN = Plan(params=('robots/libero_franka_3cam',), overrides=OVERRIDES, size=8)
+
+
+def result(task='a/0', method='dense', seed=0, success=True, **changes) -> Result:
+    values = {
+        'steps': 100, 'queries': 13, 'latency_ms': 20.0, 'kept': 0.3, 'static': 0.4, 'fine': 0.5,
+    }  # fmt: skip
+    return Result(task=task, method=method, seed=seed, success=success, **{**values, **changes})
+
+
+class Still:
+    """A policy that never moves, and says that it pruned."""
+
+    config = None
+
+    def reset(self):
+        pass
+
+    def infer(self, observation):
+        report = PruneReport(
+            stamp_ns=observation.stamp_ns, chunk_id=0, epoch=1, method='', budget='', alpha=1.0,
+            mode=Mode.FINE, mode_reason='', tokens_total=np.array([40, 60]),
+            tokens_static=np.array([20, 20]), tokens_kept=np.array([10, 20]),
+            latency_total_s=0.5 if observation.stamp_ns == 0 else 0.02,
+        )  # fmt: skip
+        chunk = SimpleNamespace(data=np.zeros((8, 7)))
+        return PolicyResult(chunk=chunk, report=report)
+
+    def observe_executed(self, action, images=None):
+        return False
+
+
+@pytest.fixture
+def worlds(monkeypatch):
+    """Episodes of twelve steps in `World`, and what ran in them."""
+    ran = []
+
+    def environment(task, cameras, size):
+        world = World(task)
+        world.task = dataclasses.replace(world.task, max_steps=12)
+        return world
+
+    monkeypatch.setattr(evaluating, '_policy', lambda _, method: ran.append(method) or Still())
+    monkeypatch.setattr(evaluating, '_environment', environment)
+    return ran
+
+
+class TestMcNemar:
+    @pytest.mark.parametrize(
+        ('won', 'lost', 'p_value'),
+        [(0, 0, 1.0), (0, 1, 1.0), (0, 5, 0.0625), (0, 6, 0.03125), (3, 10, 0.0922852)],
+    )
+    def test_known_values(self, won, lost, p_value):
+        assert mcnemar(won, lost) == pytest.approx(p_value)
+        assert mcnemar(lost, won) == pytest.approx(p_value)
+
+    @given(st.integers(0, 60), st.integers(0, 60))
+    def test_it_is_a_probability_that_falls_as_one_side_wins_more(self, won, lost):
+        assert 0 < mcnemar(won, lost) <= 1
+        if won >= lost:
+            assert mcnemar(won + 1, lost) <= mcnemar(won, lost) + 1e-12
+
+
+class TestComparison:
+    def test_pairs_are_episodes_of_one_task_and_seed(self):
+        dense = [result(seed=s, success=s < 3) for s in range(5)]
+        pruned = [result(method='p', seed=s, success=s in (0, 3)) for s in (0, 1, 2, 3)]
+        assert discordant(pruned, dense) == (1, 2)
+        (whole, other) = compare([*dense, *pruned], 'dense')
+        assert (whole.successes, whole.episodes, whole.p_value) == (3, 5, None)
+        assert (other.won, other.lost) == (1, 2)
+        assert other.low < 0.5 < other.high
+
+    def test_tasks_come_after_all_of_them(self):
+        cells = compare([result(task=t, seed=s) for t in ('b/0', 'a/0') for s in (0, 1)], 'dense')
+        assert [(cell.task, cell.episodes) for cell in cells] == [('', 4), ('a/0', 2), ('b/0', 2)]
+
+    def test_a_method_that_never_succeeds_has_no_steps(self):
+        (cell,) = compare([result(success=False)], 'dense')
+        assert np.isnan(cell.steps)
+
+
+class TestMethods:
+    def test_names_and_fields(self):
+        base = PruneConfig(guard_every=5)
+        assert pruning_of('dense', base).method == 'none'
+        chosen = pruning_of('specprune:alpha=1,budget=fixed,controller=false', base)
+        assert (chosen.alpha, chosen.budget, chosen.controller) == (1.0, 'fixed', False)
+        assert chosen.guard_every == 0, "the guard's dense actions would hide what pruning does"
+
+    @pytest.mark.parametrize(
+        'method', ['magic', 'specprune:beta=1', 'specprune:alpha', 'specprune:alpha=9']
+    )
+    def test_what_is_none_is_named(self, method):
+        with pytest.raises(ConfigError):
+            pruning_of(method, PruneConfig())
+
+
+class Listener:
+    """A policy that keeps what it is given."""
+
+    config = None
+
+    def reset(self):
+        pass
+
+    def infer(self, observation):
+        self.seen = observation
+        return 'result'
+
+    def observe_executed(self, action, images=None):
+        self.images = images
+        return False
+
+
+class TestConditions:
+    IMAGE = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
+
+    def given(self, condition: str) -> Listener:
+        listener = Listener()
+        policy = Conditioned(listener, condition, 'object_shuffled/3')
+        observation = Observation(
+            images={'side': self.IMAGE}, proprio=None, instruction='take it', stamp_ns=0
+        )
+        assert policy.infer(observation) == 'result'
+        policy.observe_executed(None, {'side': self.IMAGE})
+        assert policy.results == ['result']
+        policy.reset()
+        assert policy.results == []
+        return listener
+
+    def test_normal_changes_nothing(self):
+        listener = self.given('normal')
+        assert listener.seen.instruction == 'take it'
+        assert np.array_equal(listener.seen.images['side'], self.IMAGE)
+        assert np.array_equal(listener.images['side'], self.IMAGE)
+
+    def test_grey_shows_nothing_before_and_after_an_action(self):
+        listener = self.given('grey')
+        assert np.ptp(listener.seen.images['side']) == np.ptp(listener.images['side']) == 0
+        assert listener.seen.instruction == 'take it'
+
+    def test_instructions_are_withheld_or_another_task_s(self):
+        assert self.given('withheld').seen.instruction == 'do it'
+        assert 'alphabet soup' in self.given('wrong').seen.instruction
+
+    def test_an_official_task_has_no_wrong_instruction(self):
+        policy = Conditioned(Listener(), 'wrong', 'libero_goal/1')
+        observation = Observation(images={}, proprio=None, instruction='x', stamp_ns=0)
+        with pytest.raises(ConfigError, match='wrong'):
+            policy.infer(observation)
+
+
+class TestEvaluate:
+    def run(self, folder, seeds=2, plan=PLAN) -> list[Result]:
+        jobs = evaluating.jobs_of(TASKS, ['dense', 'specprune'], seeds)
+        return list(evaluating.evaluate(folder, plan, jobs, workers=0))
+
+    def test_every_method_meets_the_same_episodes(self, tmp_path, worlds):
+        results = self.run(tmp_path)
+        assert [(one.task, one.method, one.seed) for one in results] == [
+            (task, method, seed)
+            for task in TASKS
+            for method in ('dense', 'specprune')
+            for seed in (0, 1)
+        ]
+        for one in results:
+            assert (one.steps, one.queries, one.success) == (12, 2, False)
+            assert (one.kept, one.static, one.fine) == (0.3, 0.4, 1.0)
+            assert one.latency_ms == 20.0, 'without the first query'
+        assert read_results(tmp_path) == results
+
+    def test_a_second_run_makes_only_what_is_missing(self, tmp_path, worlds):
+        first = self.run(tmp_path, seeds=1)
+        with (tmp_path / 'episodes.csv').open('a') as file:
+            file.write('object_shuffled/0,den')  # killed while writing
+        again = self.run(tmp_path, seeds=2)
+        assert len(worlds) == 8
+        assert again[:4] == first
+        assert len(read_results(tmp_path)) == 8
+
+    def test_another_plan_in_the_folder_is_refused(self, tmp_path, worlds):
+        self.run(tmp_path, seeds=1)
+        other = Plan(params=PLAN.params, overrides=OVERRIDES, size=16)
+        with pytest.raises(ConfigError, match='another evaluation'):
+            self.run(tmp_path, plan=other)
+
+    def test_a_damaged_line_is_named(self, tmp_path, worlds):
+        self.run(tmp_path, seeds=1)
+        path = tmp_path / 'episodes.csv'
+        path.write_text(path.read_text().replace('12', 'x', 1))
+        with pytest.raises(RecordingError, match='damaged'):
+            read_results(tmp_path)
+
+    def test_an_official_task_has_fifty_episodes(self):
+        with pytest.raises(ConfigError, match='50'):
+            evaluating.jobs_of(['libero_goal/1'], ['dense'], 51)
+
+
+class TestCommand:
+    def test_the_table_and_its_json(self, tmp_path, worlds, capsys):
+        import yaml
+
+        folder = tmp_path / 'checkpoint'
+        folder.mkdir()
+        robot = {'camera_names': ['wrist', 'side'], 'joint_names': list(JOINTS)}
+        tree = {'/**': {'ros__parameters': {'robot': robot}}}
+        (folder / 'params.yaml').write_text(yaml.safe_dump(tree))
+        table = tmp_path / 'table.json'
+        options = ['--set', 'model.name=tiny', '--workers', '0', '--json', str(table)]
+        names = ['--task', TASKS[0], '--method', 'dense', 'specprune', '--seeds', '1']
+        out = ['--out', str(tmp_path / 'out')]
+        assert main(['eval', str(folder), *options, *names, *out]) == 0
+        shown = capsys.readouterr().out
+        assert '0/1' in shown
+        assert 'specprune' in shown
+        cells = json.loads(table.read_text())['cells']
+        assert [(cell['method'], cell['steps']) for cell in cells] == [
+            ('dense', None),
+            ('specprune', None),
+        ]
+
+    @pytest.mark.parametrize(
+        ('option', 'value', 'why'),
+        [
+            ('--condition', 'dark', 'must be one of normal'),
+            ('--seeds', '0', 'at least 1'),
+            ('--task', 'no/1', 'libero_goal'),
+            ('--set', 'alpha', 'must look like'),
+        ],
+    )
+    def test_a_bad_command_line_is_answered_with_what_is_allowed(
+        self, tmp_path, capsys, option, value, why
+    ):
+        (tmp_path / 'params.yaml').write_text('/**: {ros__parameters: {}}')
+        out = ['--out', str(tmp_path / 'x')]
+        assert main(['eval', str(tmp_path), option, value, *out]) == 2
+        assert why in capsys.readouterr().err
+        assert not (tmp_path / 'x').exists()
+
+    def test_a_folder_without_parameters_is_named(self, tmp_path, capsys):
+        assert main(['eval', str(tmp_path)]) == 2
+        assert 'params.yaml' in capsys.readouterr().err

@@ -1,0 +1,447 @@
+"""Behaviour cloning: labels, batches, the batched forward, resuming, and the exported folder."""
+
+import dataclasses
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from specprune_ros.config_files import load_config
+from specprune_ros.errors import CheckpointError, ConfigError
+from specprune_ros.models.base import Prompt
+from specprune_ros.models.openvla_checkpoint import load
+from specprune_ros.models.openvla_folder import Folder
+from specprune_ros.models.tokenizer import LlamaTokenizer
+from specprune_ros.policy import Policy
+from specprune_ros.sim.dataset import (
+    Episode,
+    Recipe,
+    episode_path,
+    open_dataset,
+    write_episode,
+)
+from specprune_ros.sim.labels import CLOSE_M, reach_chunk
+from specprune_ros.sim.layouts import RECIPE, LayoutRecipe, Layouts
+from specprune_ros.sim.state import ACTION_NAMES, PROPRIO_NAMES
+from specprune_ros.sim.tasks import BASKET, SHUFFLE
+from specprune_ros.train.config import DataConfig, FitConfig, NetworkConfig, TrainConfig
+from specprune_ros.train.data import draw_batch, load_training_set
+from specprune_ros.train.export import PARAMS, export
+from specprune_ros.train.losses import losses_of, patch_labels
+from specprune_ros.train.network import AuxiliaryHeads, Network
+from specprune_ros.train.trainer import CHECKPOINT, CURVES, Trainer
+from specprune_ros.train.vocabulary import write_tokenizer
+from specprune_ros.types import Observation
+
+SIZE, CAMERAS = 28, ('wrist', 'side')
+NAMES = [*SHUFFLE.objects, BASKET]
+NETWORK = NetworkConfig(
+    image_size=SIZE, dino_width=16, dino_depth=2, siglip_width=16, siglip_depth=2, tower_heads=2,
+    width=32, mlp_width=48, layers=2, heads=2,
+)  # fmt: skip
+FIT = FitConfig(
+    steps=4, vision_steps=1, layout_images=2, demo_frames=2, warm_up=1, gate_every=4,
+    gate_scenes=4, shift_px=1,
+)  # fmt: skip
+
+
+def some_layouts(count: int, seed: int) -> Layouts:
+    rng = np.random.default_rng(seed)
+    places = rng.uniform((-0.2, -0.2, 0.0), (0.2, 0.2, 0.05), (count, len(NAMES), 3))
+    return Layouts(
+        images=rng.integers(0, 255, (count, len(CAMERAS), SIZE, SIZE, 3), np.uint8),
+        proprio=rng.normal(0.0, 0.2, (count, len(PROPRIO_NAMES))).astype(np.float32),
+        turn=np.zeros((count, 3), np.float32),
+        place_names=np.array(NAMES),
+        places=places.astype(np.float32),
+        pixels=rng.uniform(0, SIZE, (count, len(CAMERAS), len(NAMES), 2)).astype(np.float32),
+    )
+
+
+def write_layouts(folder, count: int, seed: int) -> None:
+    folder.mkdir()
+    recipe = LayoutRecipe(
+        cameras=CAMERAS, size=SIZE, split='train', detail_m=0.008, proprio_names=PROPRIO_NAMES
+    )
+    import json
+
+    (folder / RECIPE).write_text(json.dumps(dataclasses.asdict(recipe)))
+    layouts = some_layouts(count, seed)
+    arrays = {f.name: getattr(layouts, f.name) for f in dataclasses.fields(Layouts)}
+    np.savez(folder / '0000000.npz', **arrays)
+
+
+def write_demos(folder, size: int = SIZE, task: str = 'object_shuffled/1', names=NAMES) -> None:
+    recipe = Recipe(
+        cameras=CAMERAS, size=size, every=2, noise=0.0, noisy_share=0.0, split='train',
+        detail_m=0.008, proprio_names=PROPRIO_NAMES, action_names=ACTION_NAMES, step_dt_s=0.05,
+    )  # fmt: skip
+    open_dataset(folder, recipe)
+    rng = np.random.default_rng(3)
+    steps, frames = 12, 6
+    actions = rng.uniform(-1, 1, (steps, 7)).astype(np.float32)
+    actions[:, 6] = np.where(np.arange(steps) < 6, -1.0, 1.0)
+    episode = Episode(
+        task=task, seed=0, instruction='do it',
+        frame_steps=np.arange(frames) * 2,
+        images=rng.integers(0, 255, (frames, len(CAMERAS), size, size, 3), np.uint8),
+        proprio=rng.normal(0.0, 0.2, (steps, len(PROPRIO_NAMES))).astype(np.float32),
+        actions=actions, executed=actions, place_names=np.array(names),
+        places=rng.uniform(-0.2, 0.2, (steps, len(names), 3)).astype(np.float32),
+    )  # fmt: skip
+    write_episode(episode_path(folder, task, 0), episode)
+
+
+@pytest.fixture(scope='module')
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp('data')
+    write_layouts(root / 'layouts', 12, seed=1)
+    write_layouts(root / 'gate', 6, seed=2)
+    write_demos(root / 'demos')
+    return root
+
+
+def data_config(root, **changes) -> DataConfig:
+    values = {
+        'demos': (str(root / 'demos'),),
+        'layouts': str(root / 'layouts'),
+        'gate': str(root / 'gate'),
+    }
+    return DataConfig(**{**values, **changes})
+
+
+@pytest.fixture(scope='module')
+def data(folders):
+    return load_training_set(data_config(folders))
+
+
+def make_trainer(folders, data, folder, network=NETWORK, **changes) -> Trainer:
+    fit = dataclasses.replace(FIT, **changes)
+    return Trainer(TrainConfig(data=data_config(folders), network=network, fit=fit), data, folder)
+
+
+@pytest.fixture(scope='module')
+def trained(folders, data, tmp_path_factory):
+    trainer = make_trainer(folders, data, tmp_path_factory.mktemp('run'))
+    trainer.run()
+    return trainer
+
+
+@pytest.fixture(scope='module')
+def checkpoint(trained, tmp_path_factory):
+    return export(trained, tmp_path_factory.mktemp('export') / 'checkpoint')
+
+
+def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {**trainer.network.state_dict(), **trainer.averaged[0].state_dict(prefix='average.')}
+
+
+class TestLabels:
+    XYZ = st.tuples(*[st.floats(-0.3, 0.3)] * 2, st.floats(0.0, 0.3))
+
+    @given(hand=XYZ, grasp=st.tuples(*[st.floats(-0.2, 0.2)] * 2, st.floats(0.0, 0.05)))
+    @settings(max_examples=60, deadline=None)
+    def test_following_them_brings_every_hand_to_the_grasp(self, hand, grasp):
+        hand, grasp = np.array([hand]), np.array([grasp])
+        chunk = reach_chunk(hand, np.zeros((1, 3)), grasp, 0.23, horizon=150)[0]
+        closing = np.flatnonzero(chunk[:, 6] > 0)
+        assert len(closing), 'it arrives'
+        assert (chunk[closing[0] :, 6] > 0).all(), 'and stays closed'
+        assert np.abs(chunk).max() <= 1.0
+        assert (np.linalg.norm(chunk[:, :3], axis=1) <= 1.0 + 1e-9).all()
+
+    def test_a_hand_beside_an_object_rises_before_it_comes_down(self):
+        beside = np.array([[0.10, 0.0, 0.02]])
+        chunk = reach_chunk(beside, np.zeros((1, 3)), np.zeros((1, 3)), 0.23, horizon=8)[0]
+        assert chunk[0, 2] > 0.3
+
+    def test_a_hand_at_the_grasp_closes(self):
+        at = np.array([[0.0, 0.0, 0.5 * CLOSE_M]])
+        chunk = reach_chunk(at, np.zeros((1, 3)), np.zeros((1, 3)), 0.23, horizon=2)[0]
+        assert (chunk[:, 6] == 1.0).all()
+        assert (chunk[:, :3] == 0.0).all()
+
+
+class TestData:
+    def test_every_instruction_is_asked_of_an_empty_hand_and_one_of_a_full_one(self, data):
+        assert data.layouts.asked.all()
+        held = np.arange(6) * 2 >= 6
+        np.testing.assert_array_equal(data.demos.asked.sum(axis=1), np.where(held, 1, 4))
+        assert data.demos.asked[held][:, 1].all(), 'its own'
+
+    def test_an_official_task_is_asked_its_own_instruction_alone(self, folders, tmp_path):
+        goal = 'libero_goal/8'
+        write_demos(tmp_path / 'goal', task=goal, names=['akita_black_bowl_1', 'plate_1'])
+        demos = (str(folders / 'demos'), str(tmp_path / 'goal'))
+        tasks = ('object_shuffled/1', goal)
+        both = load_training_set(data_config(folders, demos=demos, tasks=tasks))
+        assert both.instructions[1] == 'put the bowl on the plate'
+        assert both.layouts.asked[:, 0].all()
+        assert not both.layouts.asked[:, 1].any()
+        np.testing.assert_array_equal(both.demos.asked[6:], [[False, True]] * 6)
+        assert both.named.tolist() == [1, -1]
+
+    def test_the_gripper_is_libero_s(self, data):
+        answers = data.demos.actions[data.demos.asked]
+        assert set(np.unique(answers[..., 6])) <= {0.0, 1.0}
+        assert (data.demos.actions[-1, 1, :, 6] == 0.0).all(), 'closed in the end'
+
+    def test_a_batch_depends_on_seed_and_step_alone(self, data):
+        options = {
+            'layouts': 2, 'instructions': 2, 'demos': 1, 'shift_px': 2, 'colour': 0.2,
+        }  # fmt: skip
+        one, same, other = (draw_batch(data, step, seed=5, **options) for step in (7, 7, 8))
+        assert torch.equal(one.images, same.images)
+        assert torch.equal(one.actions, same.actions)
+        assert not torch.equal(one.images, other.images)
+
+    def test_instructions_of_one_scene_differ(self, data):
+        batch = draw_batch(
+            data, 0, seed=0, layouts=3, instructions=4, demos=0, shift_px=0, colour=0.0
+        )
+        for scene in range(3):
+            assert sorted(batch.instruction[batch.scene == scene].tolist()) == [0, 1, 2, 3]
+
+    def test_a_shift_takes_the_objects_along(self, data):
+        still, moved = (
+            draw_batch(
+                data, 3, seed=1, layouts=2, instructions=1, demos=0, shift_px=by, colour=0.0
+            )
+            for by in (0, 2)
+        )
+        shift = (moved.pixels - still.pixels)[0, 0, 0]
+        x, y = int(shift[0]), int(shift[1])
+        inside = slice(3, SIZE - 3)
+        expected = torch.roll(still.images[0, 0], (y, x), (0, 1))[inside, inside]
+        assert torch.equal(moved.images[0, 0][inside, inside], expected)
+
+    @pytest.mark.parametrize(
+        ('field', 'value'),
+        [
+            ('tasks', ('object_shuffled/9',)),
+            ('tasks', ('libero_object/0',)),
+            ('proprio', ('elbow',)),
+            ('tasks', ('object_shuffled/0',)),
+        ],
+    )
+    def test_what_does_not_fit_is_named(self, folders, field, value):
+        with pytest.raises(ConfigError, match=r'task|data\.'):
+            load_training_set(data_config(folders, **{field: value}))
+
+    def test_images_of_another_size_are_refused(self, folders, tmp_path):
+        write_demos(tmp_path / 'demos', size=14)
+        with pytest.raises(ConfigError, match='size 14'):
+            load_training_set(data_config(folders, demos=(str(tmp_path / 'demos'),)))
+
+
+class TestPatchLabels:
+    def test_patches_around_a_centre_tell_it(self):
+        pixels = torch.full((1, 1, 2, 2), -100.0)
+        pixels[0, 0, 1] = torch.tensor([20.0, 7.0])  # the second patch of the first row
+        kind, offset = patch_labels(pixels, 28)
+        assert kind.tolist() == [[2, 2, 0, 2]] or kind.tolist() == [[2, 2, 2, 2]]
+        np.testing.assert_allclose(offset[0, 1], [20 / 14 - 1.5, 0.0], atol=1e-6)
+
+    def test_nothing_is_asked_where_nothing_is_known(self):
+        kind, _ = patch_labels(torch.full((1, 2, 3, 2), torch.nan), 28)
+        assert (kind == -1).all()
+
+
+class TestVocabulary:
+    def test_words_are_pieces_and_the_template_is_two(self, tmp_path):
+        write_tokenizer(tmp_path, ['pick up the butter', 'put it on the stove'], 512)
+        prompt = LlamaTokenizer(tmp_path).prompt('Pick up the butter')
+        assert len(prompt.instruction) == 4
+        assert prompt.instruction.start == 2, 'BOS and one piece come before'
+
+    def test_a_word_that_it_never_saw_is_spelled(self, tmp_path):
+        write_tokenizer(tmp_path, ['pick up the butter'], 512)
+        assert len(LlamaTokenizer(tmp_path).prompt('pick up the ölkanne').ids) > 8
+
+    def test_too_small_a_model_is_named(self, tmp_path):
+        with pytest.raises(ConfigError, match=r'network\.vocabulary'):
+            write_tokenizer(tmp_path, ['pick up the butter'], 300)
+
+
+class TestTrainer:
+    def test_the_loss_falls(self, folders, data, tmp_path):
+        trainer = make_trainer(folders, data, tmp_path, steps=24, vision_steps=0, rate=3e-3)
+        losses = [trainer.train_step()['total'] for _ in range(24)]
+        assert np.mean(losses[-6:]) < 0.8 * np.mean(losses[:3])
+
+    def test_towers_learn_alone_at_first(self, folders, data, tmp_path):
+        trainer = make_trainer(folders, data, tmp_path, steps=2, vision_steps=1)
+        before = {name: p.clone() for name, p in trainer.network.named_parameters()}
+        assert set(trainer.train_step()) == {'patch', 'total'}
+        changed = {n for n, p in trainer.network.named_parameters() if not p.equal(before[n])}
+        assert changed
+        assert all(name.startswith(('vision_backbone.', 'projector.')) for name in changed)
+        assert set(trainer.train_step()) == {'action', 'target', 'flag', 'patch', 'total'}
+
+    def test_going_on_gives_the_same_weights(self, folders, data, trained, tmp_path):
+        first = make_trainer(folders, data, tmp_path)
+        for _ in range(2):
+            first.train_step()
+        first.save()
+        second = make_trainer(folders, data, tmp_path)
+        assert second.step == 2
+        assert second.run()
+        ours = weights(second)
+        for name, tensor in weights(trained).items():
+            assert torch.equal(ours[name], tensor), name
+
+    def test_a_signal_leaves_a_checkpoint(self, folders, data, tmp_path):
+        trainer = make_trainer(folders, data, tmp_path, gate_every=1)
+        before = signal.getsignal(signal.SIGTERM)
+        assert not trainer.run(lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        assert signal.getsignal(signal.SIGTERM) is before
+        assert make_trainer(folders, data, tmp_path).step == 1
+
+    def test_the_normalisation_stays_when_data_are_added(self, folders, data, trained):
+        wider = dataclasses.replace(
+            data.action_bounds, low=data.action_bounds.low - 1, high=data.action_bounds.high + 1
+        )
+        again = make_trainer(
+            folders, dataclasses.replace(data, action_bounds=wider), trained.folder
+        )
+        np.testing.assert_array_equal(again.data.action_bounds.low, data.action_bounds.low)
+
+    def test_a_control_is_given_no_images(self, data):
+        grey = dataclasses.replace(data, grey=True)
+        batch = draw_batch(
+            grey, 0, seed=0, layouts=2, instructions=1, demos=1, shift_px=1, colour=0.3
+        )
+        assert batch.images.unique().tolist() == [128.0]
+
+    def test_a_control_is_given_no_instruction(self, folders, data, tmp_path):
+        blind = data_config(folders, withheld='instruction')
+        trainer = Trainer(TrainConfig(data=blind, network=NETWORK, fit=FIT), data, tmp_path)
+        assert len(set(trainer.prompts)) == 1
+        trainer.save()
+        with pytest.raises(ConfigError, match=r'data\.withheld'):
+            make_trainer(folders, data, tmp_path)
+
+    def test_another_network_in_the_folder_is_refused(self, folders, data, trained):
+        other = dataclasses.replace(NETWORK, layers=3)
+        with pytest.raises(ConfigError, match=r'network\.layers'):
+            make_trainer(folders, data, trained.folder, network=other)
+
+    def test_a_broken_checkpoint_is_named(self, folders, data, tmp_path):
+        (tmp_path / CHECKPOINT).write_bytes(b'nothing')
+        with pytest.raises(CheckpointError, match=CHECKPOINT):
+            make_trainer(folders, data, tmp_path)
+
+    def test_the_curves_have_a_line_per_measurement(self, trained):
+        lines = (trained.folder / CURVES).read_text().splitlines()
+        assert lines[0].startswith('step,seconds')
+        assert [line.split(',')[0] for line in lines[1:2]] == ['4']
+
+    @pytest.mark.parametrize(
+        ('name', 'value'), [('image_size', 100), ('heads', 7), ('tower_heads', 3), ('layers', 0)]
+    )
+    def test_a_bad_size_is_named(self, name, value):
+        with pytest.raises(ConfigError, match=rf'network\.{name}'):
+            NetworkConfig(**{name: value})
+
+    def test_the_shipped_file_is_read(self):
+        config = load_config(['train/libero'], {}, TrainConfig())
+        assert config.network.layers >= 8
+        assert (config.network.image_size // 14) ** 2 >= 64
+
+
+def test_a_step_stays_on_its_device(data):
+    """On the meta device whatever was made on the CPU shows as an error."""
+    batch = draw_batch(
+        data, 0, seed=0, layouts=2, instructions=2, demos=1, shift_px=0, colour=0.0
+    ).to(torch.device('meta'))
+    network = Network(NETWORK, proprio_dim=8, horizon=8).to('meta')
+    heads = AuxiliaryHeads(NETWORK.width, len(data.objects)).to('meta')
+    ids = [tuple(range(17)), *[tuple(range(18))] * 4]
+    outputs = network(batch.images, batch.scene, batch.proprio, ids)
+    losses_of(outputs, heads, batch, SIZE).total(FIT).backward()
+    assert network.projector.fc1.weight.grad.is_meta
+
+
+class TestExport:
+    def served(self, checkpoint):
+        params = {'model.checkpoint': str(checkpoint), 'pruning.method': 'none'}
+        return load_config([checkpoint / PARAMS], params)
+
+    def observation(self, data, scene: int, instruction: int) -> Observation:
+        frames = data.gate
+        images = dict(zip(CAMERAS, frames.images[scene], strict=True))
+        return Observation(
+            images=images,
+            proprio=frames.proprio[scene].astype(float),
+            instruction=data.instructions[instruction],
+            stamp_ns=0,
+        )
+
+    def test_the_batched_forward_is_the_served_one(self, data, trained, checkpoint):
+        model = load(self.served(checkpoint), torch.device('cpu'))
+        network, scenes = trained.averaged[0], [0, 0, 1, 2]
+        instructions = [0, 3, 1, 2]  # of two lengths
+        images = torch.from_numpy(data.gate.images[:3])
+        proprio = data.proprio_bounds.normalize(data.gate.proprio[scenes]).astype(np.float32)
+        ids = [trained.prompts[k] for k in instructions]
+        with torch.no_grad():
+            ours = network(images, torch.tensor(scenes), torch.from_numpy(proprio), ids).actions
+            for row, (scene, k) in enumerate(zip(scenes, instructions, strict=True)):
+                prompt: Prompt = model.embed(
+                    images[scene], data.gate.proprio[scene], data.instructions[k]
+                )
+                theirs = model.act(prompt, _dense(model, prompt))
+                torch.testing.assert_close(ours[row], theirs, atol=1e-5, rtol=1e-5)
+
+    def test_a_policy_acts_from_it(self, data, checkpoint):
+        policy = Policy.load(self.served(checkpoint))
+        result = policy.infer(self.observation(data, 0, 1))
+        assert result.chunk.data.shape == (8, 7)
+        assert set(np.unique(result.chunk.data[:, 6])) <= {-1.0, 0.0, 1.0}
+
+    def test_nothing_of_the_auxiliary_heads_is_in_it(self, checkpoint, trained):
+        folder = Folder.open(checkpoint)
+        count = sum(p.numel() for p in trained.network.parameters())
+        weights = folder.checkpoint.weights(), folder.action_head, folder.proprio_projector
+        assert sum(np.prod(w.shape) for some in weights for w in some.values()) == count
+
+    def test_writing_it_again_leaves_one_head(self, trained, checkpoint):
+        trained.step += 1
+        export(trained, checkpoint)
+        trained.step -= 1
+        assert len(list(checkpoint.glob('action_head--*'))) == 1
+
+    def test_the_card_says_what_it_was_made_of(self, data, checkpoint):
+        text = (checkpoint / 'README.md').read_text()
+        assert all(sentence in text for sentence in data.instructions)
+        assert 'DOES NOT HOLD' in text
+        assert '12 still scenes' in text
+
+    @pytest.mark.parametrize('sizes', [[100, 100], [28, 42], 28, ['28', '28'], []])
+    def test_an_image_size_that_towers_cannot_have_is_refused(self, checkpoint, tmp_path, sizes):
+        import json
+        import shutil
+
+        shutil.copytree(checkpoint, tmp_path / 'copy')
+        path = tmp_path / 'copy' / 'config.json'
+        path.write_text(json.dumps({**json.loads(path.read_text()), 'image_sizes': sizes}))
+        with pytest.raises(CheckpointError, match='image_sizes'):
+            Folder.open(tmp_path / 'copy')
+
+
+def _dense(model, prompt: Prompt):
+    from specprune_ros.models.decoder import QueryDecoder
+    from specprune_ros.pruning.base import PruneRun
+
+    class Keep(PruneRun):
+        def __init__(self):
+            super().__init__(None)
+
+        def after_layer(self, probe):
+            return None
+
+    return QueryDecoder(model.decoder, prompt.layout, Keep())
