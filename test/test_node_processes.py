@@ -24,6 +24,8 @@ from std_msgs.msg import String  # noqa: E402
 
 from specprune_ros.types import Mode  # noqa: E402
 
+STARTS = int(os.environ.get('SPECPRUNE_STARTS', '20'))  # each way to stop twice
+
 pytestmark = [pytest.mark.ros, pytest.mark.slow, pytest.mark.timeout(180)]
 
 
@@ -231,19 +233,19 @@ def test_signals_that_come_again_and_again_change_nothing():
 
 
 @pytest.mark.timeout(900)
-def test_fifty_starts_and_stops(world):
-    """Nothing hangs: fifty processes, stopped by turns in each state and by each signal."""
+def test_starts_and_stops(world):
+    """Nothing hangs: processes, stopped by turns in each state and by each signal."""
     slowest = 0.0
-    for count in range(50):
+    for count in range(STARTS):
         with NodeProcess('vla_node', FAST_NODE) as process:
             number = (signal.SIGINT, signal.SIGTERM)[count % 2]
             steps = count % 5
             if steps == 0:  # while Python starts
-                time.sleep(0.02 * count)
+                time.sleep(count / STARTS)
             elif steps == 1:  # while it loads the model
                 world.lifecycle.wait(40)
                 world.lifecycle.request('configure')
-                time.sleep(0.1 * (count // 5))
+                time.sleep(5 * (count // 5) / STARTS)
             else:
                 world.lifecycle.wait(40)
                 for transition in ('configure', 'activate')[: steps - 2]:
@@ -253,4 +255,4 @@ def test_fifty_starts_and_stops(world):
             assert seconds < STOP_S, process.output()
             # Before Python has run a line of ours, a signal ends it the default way.
             assert status == 0 or (steps == 0 and status in (-number, 1, 130)), process.output()
-    print(f'50 starts and stops, slowest stop {slowest:.2f} s')
+    print(f'{STARTS} starts and stops, slowest stop {slowest:.2f} s')
