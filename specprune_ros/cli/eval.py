@@ -16,9 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import yaml
-
-from specprune_ros.cli.options import add_config_arguments, at_least
+from specprune_ros.cli.options import add_config_arguments, at_least, overrides_from
 from specprune_ros.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -113,18 +111,10 @@ def plan_from(arguments: argparse.Namespace) -> Plan:
         why = f'must be one of {", ".join(CONDITIONS)}'
         raise ConfigError('--condition', arguments.condition, why)
     # One thread: workers share the machine, and a latency means something beside others.
-    overrides: dict[str, object] = {
-        'model.checkpoint': str(arguments.checkpoint),
-        'model.threads': 1,
-    }
-    for text in arguments.set:
-        name, equals, value = text.partition('=')
-        if not equals:
-            raise ConfigError('--set', text, 'must look like pruning.alpha=0.6')
-        overrides[name.strip()] = yaml.safe_load(value)
+    fixed = {'model.checkpoint': str(arguments.checkpoint), 'model.threads': 1}
     return Plan(
         params=(str(params), *arguments.params),
-        overrides=overrides,
+        overrides={**fixed, **overrides_from(arguments)},
         size=at_least('size', arguments.size, 14),
         condition=arguments.condition,
     )

@@ -39,6 +39,16 @@ def config_from(arguments: argparse.Namespace) -> PolicyConfig:
     Raises:
         ConfigError: a file, name or value is bad.
     """
+    default = getattr(arguments, 'params_default', ['models/tiny'])
+    return load_config(arguments.params or default, overrides_from(arguments))
+
+
+def overrides_from(arguments: argparse.Namespace) -> dict[str, object]:
+    """Name -> value of every `--set`.
+
+    Raises:
+        ConfigError: one is not NAME=VALUE, or its value is not YAML.
+    """
     overrides = {}
     for text in arguments.set:
         name, equals, value = text.partition('=')
@@ -49,8 +59,7 @@ def config_from(arguments: argparse.Namespace) -> PolicyConfig:
         except (ValueError, yaml.YAMLError) as error:
             reason = ' '.join(str(error).split())
             raise ConfigError('--set', text, f'the value is not YAML: {reason}') from error
-    default = getattr(arguments, 'params_default', ['models/tiny'])
-    return load_config(arguments.params or default, overrides)
+    return overrides
 
 
 def at_least(name: str, value: int, least: int) -> int:

@@ -9,10 +9,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import yaml
-
-from specprune_ros.cli.options import add_config_arguments
-from specprune_ros.errors import ConfigError
+from specprune_ros.cli.options import add_config_arguments, overrides_from
 
 if TYPE_CHECKING:
     from specprune_ros.train.gate import Gate
@@ -54,24 +51,6 @@ def run(arguments: argparse.Namespace) -> int:
     folder = export(trainer, arguments.out / 'checkpoint')
     console.print(f'step {trainer.step} of {config.fit.steps}; written to {folder}')
     return 0
-
-
-def overrides_from(arguments: argparse.Namespace) -> dict[str, object]:
-    """Name -> value of every `--set`.
-
-    Raises:
-        ConfigError: one is not NAME=VALUE.
-    """
-    overrides = {}
-    for text in arguments.set:
-        name, equals, value = text.partition('=')
-        if not equals:
-            raise ConfigError('--set', text, 'must look like fit.steps=2000')
-        try:
-            overrides[name.strip()] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise ConfigError('--set', text, f'the value is not YAML: {error}') from error
-    return overrides
 
 
 def describe(trainer: Trainer) -> str:

@@ -29,10 +29,10 @@ from specprune_ros.health import Health
 from specprune_ros.inbox import JOINTS, POSE
 from specprune_ros.ros import conversions, diagnostics, qos
 from specprune_ros.ros.process import spin_process
+from specprune_ros.sim.collect import Environment
 from specprune_ros.sim.realtime import SimClock, Units, VelocityCommands
 from specprune_ros.sim.state import JOINTS as JOINT_NAMES
 from specprune_ros.sim.state import STEP_NS, SimState
-from specprune_ros.sim.tasks import SimTask
 
 TICK_S = 0.005  # of steady time between two clock messages
 RESET_S, POLL_S = 20.0, 0.1
@@ -42,21 +42,8 @@ NO_START, BROKEN = 'failed to start', 'broken'  # nothing is simulated any more
 MAX_SEED = 2**31 - 1
 
 
-class SimulatedArm(Protocol):
+class SimulatedArm(Environment, Protocol):
     """What the node drives; `sim.libero.LiberoEnv` has it. One thread makes it and uses it."""
-
-    task: SimTask
-    instruction: str
-    success: bool
-
-    def reset(self, seed: int, split: str) -> SimState:
-        """Begin an episode."""
-
-    def step(self, action: np.ndarray) -> SimState:
-        """One control step."""
-
-    def images(self) -> Mapping[str, np.ndarray]:
-        """Render every camera."""
 
     def close(self) -> None:
         """Free it."""
