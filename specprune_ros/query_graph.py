@@ -173,11 +173,11 @@ class QueryGraphs:
         self, key: Hashable, function: Callable[[Inputs], Result], inputs: Inputs
     ) -> tuple[Result] | None:
         """Record, and the rehearsal's result; None where that failed."""
-        static = map_tensors(torch.clone, inputs)
         failed = self._recordings.pop(key, None)
         if len(self._recordings) >= self._limit:
             self._recordings.popitem(last=False)
         try:
+            static = map_tensors(torch.clone, inputs)
             result = self._recorder.rehearse(lambda: function(static))
             tensors(result)  # a result in which some could hide would go stale
             replay, held = self._recorder.record(lambda: function(static))
