@@ -92,6 +92,7 @@ def test_importing_the_package_imports_nothing_heavy():
     assert loaded.strip() == '[]'
 
 
+@pytest.mark.slow
 def test_bench_runs_on_a_bare_pytorch_machine(tmp_path):
     bare = without(ROS | {'cv2', 'rich', 'matplotlib', 'rosbags'})
     out = tmp_path / 'rows.json'

@@ -27,7 +27,7 @@ from specprune_ros.ros import conversions, qos
 from specprune_ros.ros.sim_node import SimNode
 from specprune_ros.sim.state import JOINTS, OPEN, STEP_NS, SimState
 
-pytestmark = [pytest.mark.ros, pytest.mark.timeout(60)]
+pytestmark = [pytest.mark.ros, pytest.mark.slow, pytest.mark.timeout(60)]
 WAIT_S = 10.0
 GOAL_X = 0.05
 
