@@ -757,7 +757,7 @@ class TestSimulator:
         env.reset(0)
         assert env.images()['side'].std() > 15, 'an episode can begin after it'
 
-    def test_only_shuffled_tasks_have_still_scenes(self):
+    def test_only_shuffled_tasks_have_still_scenes(self, env):
         from specprune_ros.sim.libero import LiberoEnv
 
         official = LiberoEnv('libero_goal/8', size=64)
