@@ -28,7 +28,7 @@ from specprune_ros.ros import conversions, qos, vla_diagnostics  # noqa: E402
 from specprune_ros.tasks import TaskMachine  # noqa: E402
 from specprune_ros.types import Mode  # noqa: E402
 
-pytestmark = [pytest.mark.ros, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.ros, pytest.mark.slow, pytest.mark.timeout(180)]
 
 
 @pytest.fixture(autouse=True, scope='module')
