@@ -258,6 +258,7 @@ def ros():
         yield
 
 
+@pytest.mark.slow
 @pytest.mark.ros
 def test_the_node_sends_coloured_points(ros):
     clouds, printed = cloud_of({'camera_names': ['front']})
