@@ -30,8 +30,8 @@ GIVE_WAY_POLL_S = 0.005
 NO_MEMORY = ('out of memory', 'not enough memory')
 
 Item = TypeVar('Item')
-# Pruning parameters, and who hears why they were not taken.
-Change = tuple[PruneConfig, Callable[[Exception], None] | None]
+# Pruning parameters, and who hears whether they were taken: None, or why not.
+Change = tuple[PruneConfig, Callable[[Exception | None], None]]
 
 
 def fault_code(error: Exception) -> str:
@@ -207,23 +207,18 @@ class InferenceWorker:
             if len(self._steps) > FRAMES_KEPT:
                 self._steps[-1 - FRAMES_KEPT] = (self._steps[-1 - FRAMES_KEPT][0], {}, {})
 
-    @property
-    def pruning_waits(self) -> bool:
-        """Whether pruning parameters wait for the next query."""
-        return self._pruning is not None
-
     def set_pruning(
-        self, pruning: PruneConfig, on_refused: Callable[[Exception], None] | None = None
+        self, pruning: PruneConfig, on_answer: Callable[[Exception | None], None]
     ) -> None:
-        """Leave pruning parameters for before the next query.
+        """Leave pruning parameters for before the next query; those that still wait are dropped.
 
         Args:
             pruning: what is to hold.
-            on_refused: called in the worker's thread when the policy does not take it; what held
-                before holds on, and the query goes on with it. None: it is an error of the query.
+            on_answer: called in the worker's thread with None when the policy took it, else with
+                the reason: then what held before holds on, and the query goes on with it.
         """
         with self._wake:
-            self._pruning = pruning, on_refused
+            self._pruning = pruning, on_answer
 
     def reset(self) -> None:
         """Forget the episode and whatever waits."""
@@ -316,14 +311,14 @@ class InferenceWorker:
         return replan
 
     def _change_pruning(
-        self, pruning: PruneConfig, on_refused: Callable[[Exception], None] | None
+        self, pruning: PruneConfig, on_answer: Callable[[Exception | None], None]
     ) -> None:
         try:
             self._policy.set_pruning(pruning)
         except Exception as error:
-            if on_refused is None:
-                raise
-            on_refused(error)
+            on_answer(error)
+        else:
+            on_answer(None)
 
 
 class SpareThread(Generic[Item]):

@@ -17,6 +17,8 @@ import numpy as np
 import pytest
 import rclpy
 from diagnostic_msgs.msg import DiagnosticArray
+from lifecycle_msgs.msg import Transition
+from lifecycle_msgs.srv import ChangeState
 from rcl_interfaces.msg import Parameter as ParameterMsg
 from rcl_interfaces.srv import DescribeParameters, GetParameters, SetParameters
 from rclpy.node import Node
@@ -28,7 +30,7 @@ from std_msgs.msg import String
 from specprune_ros.msg import ActionChunk, ExecutedAction, PruningDiagnostics
 from specprune_ros.ros import conversions, qos
 from specprune_ros.ros.arguments import ros_arguments
-from specprune_ros.ros.lifecycle import LifecycleClient
+from specprune_ros.ros.lifecycle import TRANSITIONS, LifecycleClient
 from specprune_ros.ros.process import shut_down_rclpy
 from specprune_ros.types import Mode
 
@@ -126,6 +128,12 @@ class World(Node):
         msg = ExecutedAction(names=names, units=['1'] * 7, data=[x, 0.0, z, 0.0, 0.0, 0.0, 0.0])
         msg.header.stamp = conversions.to_time(self.now_ns())
         return msg
+
+    def ask_for(self, transition: str) -> None:
+        """Ask for a transition without waiting for the answer."""
+        client = self.create_client(ChangeState, f'{self.target}/change_state')
+        assert client.wait_for_service(ANSWER_S)
+        client.call_async(ChangeState.Request(transition=Transition(id=TRANSITIONS[transition])))
 
     def now_ns(self) -> int:
         return self.get_clock().now().nanoseconds

@@ -146,6 +146,10 @@ def test_pruning_that_the_policy_refuses_is_told_and_taken_back(world):
     world.run(2.5)
     assert world.faults['config'] == count, 'it is told once'
     assert world.get_parameter_value('pruning.alpha') == alpha
+    for index in range(20):  # the next one often comes before the last one's answer
+        world.set_parameter('pruning.alpha', 0.1 + 0.01 * index)
+    assert world.run(5, lambda: world.get_parameter_value('pruning.alpha') == alpha)
+    count = world.faults['config']
     assert world.switch('set_dense', True).success
     assert world.run(5, lambda: world.faults['config'] > count)
     assert world.run(5, lambda: not world.status.dense), 'the status says what holds'
@@ -248,7 +252,7 @@ def test_nothing_waits_for_an_inference_of_two_seconds():
             f'{service} during inferences of 2 s: {1e3 * median:.0f} ms, at worst '
             f'{1e3 * worst:.0f} ms ({len(answers[service])})'
         )
-        assert median < 0.1
+        assert worst < 0.1
     print(f'joint states: {slow_hz:.1f} Hz during inferences of 2 s, {free_hz:.1f} Hz without')
     assert slow_hz > 0.8 * free_hz
 
@@ -300,10 +304,10 @@ def test_a_node_that_loads_shows_that_it_lives():
         world = TaskWorld('loading_world', namespace='loading')
         world.lifecycle.wait(START_S)
         assert world.run(5, lambda: world.mode.get_subscription_count() > 0)
-        world.behave('slow_load 3')
-        world.get_parameter_value('pruning.alpha')  # it has heard, when it answers this
+        world.behave('slow_load 4')
+        world.run(1.0)  # it has heard then
         world.statuses.clear(), world.history.clear()
-        world.lifecycle.request('configure')
+        world.ask_for('configure')
         world.run(2.5)
         assert len(world.history) > 5, process.output()
         assert world.statuses['loading/vla_node: inference'].message == 'loading the model'
@@ -599,3 +603,4 @@ def test_latency_from_the_newest_image_to_the_chunk():
             )
             assert len(delays_ms) > 50
             assert p50 < limit_ms, 'a query waits for a timer'
+            assert p95 < 3 * limit_ms

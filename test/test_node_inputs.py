@@ -218,7 +218,9 @@ def test_missing_camera(active):
         assert active.run(3, lambda: active.statuses['vla_node: inputs'].level == b'\x03')
     finally:
         active.streams.add('wrist')
-    assert active.more_chunks(2)
+    start = time.monotonic()
+    assert active.more_chunks(1)
+    print(f'chunks again {time.monotonic() - start:.2f} s after the camera is back')
 
 
 def test_camera_of_another_size(active):

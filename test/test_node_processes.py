@@ -244,7 +244,7 @@ def test_starts_and_stops(world):
                 time.sleep(count / STARTS)
             elif steps == 1:  # while it loads the model
                 world.lifecycle.wait(40)
-                world.lifecycle.request('configure')
+                world.ask_for('configure')
                 time.sleep(5 * (count // 5) / STARTS)
             else:
                 world.lifecycle.wait(40)

@@ -264,22 +264,25 @@ def test_reset_clears_what_waits(bench):
 
 def test_pruning_changes_before_the_next_query_and_once(bench):
     first, last = PruneConfig(alpha=0.5), PruneConfig(alpha=0.6)
-    bench.worker.set_pruning(first)
-    bench.worker.set_pruning(last)
+    answers = []
+    bench.worker.set_pruning(first, lambda error: answers.append((first, error)))
+    bench.worker.set_pruning(last, lambda error: answers.append((last, error)))
     for ticket in (1, 2):
         bench.submit(ticket)
         bench.wait()
+    assert answers == [(last, None)]
     assert calls(bench) == [('pruning', last), ('infer', 'scene'), ('infer', 'scene')]
 
 
-def test_pruning_that_the_policy_refuses_is_an_error_and_no_end(bench):
-    bench.worker.set_pruning(ConfigError('pruning.method', 'fastest', 'unknown'))
-    bench.submit(1)
-    bench.wait()
-    assert isinstance(bench.errors[0], ConfigError)
-    bench.submit(2)
-    bench.wait()
-    assert bench.results[-1][0] == 2
+def test_pruning_that_the_policy_refuses_is_told_and_no_end(bench):
+    refused, answers = ConfigError('pruning.method', 'fastest', 'unknown'), []
+    bench.worker.set_pruning(refused, answers.append)
+    for ticket in (1, 2):
+        bench.submit(ticket)
+        bench.wait()
+    assert answers == [refused]
+    assert [ticket for ticket, _ in bench.results] == [1, 2], 'what held before holds on'
+    assert not bench.errors
 
 
 # Asked queries -----------------------------------------------------------------------------------

@@ -171,12 +171,6 @@ class LifecycleClient:
                 return asked.result().current_state.label == REACHES[transition]
         raise TimeoutError(f'{self._target} did not answer within {CALL_TIMEOUT_S:g} s')
 
-    def request(self, transition: str) -> None:
-        """Ask for a transition without waiting for the answer."""
-        request = ChangeState.Request()
-        request.transition.id = TRANSITIONS[transition]
-        self._change.call_async(request)
-
     def state(self) -> str:
         """The node's state, e.g. 'active'.
 

@@ -89,7 +89,7 @@ class VlaNode(ManagedNode):
         self._health = Health()
         self._settings = Parameters(self, PolicyConfig)
         self._pipeline: Pipeline | None = None  # while configured
-        self._held = PruneConfig(), False  # pruning before what waits, and whether it was dense
+        self._asked = self._held = PruneConfig(), False  # pruning, whether dense: see _set_pruning
         self._emergency: EmergencyStopInput | None = None  # likewise
         self._abandoned: list[InferenceWorker] = []
         self._ended: list[TaskEnd] = []
@@ -201,6 +201,7 @@ class VlaNode(ManagedNode):
 
     def _take(self, config: PolicyConfig, policy: Policy) -> None:
         self._pipeline = Pipeline(self, config, policy, self._around)
+        self._asked = self._held = config.pruning, False
         self._status.dense, self._status.dry_run = False, config.runtime.dry_run
         self._tasks.timeout_s = config.runtime.task_timeout_s
         with self._acting() as machine:
@@ -281,23 +282,34 @@ class VlaNode(ManagedNode):
         return response
 
     def _set_pruning(self, pruning: PruneConfig, dense: bool) -> None:
-        """From the next query on these parameters hold, but without a method where dense."""
-        worker = self._pipeline.worker
-        if not worker.pruning_waits:
-            self._held = self._pipeline.config.pruning, self._status.dense
+        """From the next query on these parameters hold, but without a method where dense.
+
+        `_asked` is what was accepted last, `_held` what the policy took last.
+        """
         self._status.dense = dense
-        refused = partial(self._on_pruning_refused, *self._held)
-        worker.set_pruning(
+        asked = self._asked = pruning, dense
+        answered = partial(self._on_pruning_answered, self._pipeline, asked)
+        self._pipeline.worker.set_pruning(
             dataclasses.replace(pruning, method='none') if dense else pruning,
-            lambda error: self._mailbox.post(partial(refused, error)),
+            lambda error: self._mailbox.post(partial(answered, error)),
         )
 
-    def _on_pruning_refused(self, held: PruneConfig, dense: bool, error: Exception) -> None:
-        """The policy did not take what was accepted: the parameters say again what holds."""
-        self._fault(fault_code(error), f'pruning = refused by the policy: {error}')
-        if self._pipeline is None:
+    def _on_pruning_answered(
+        self, pipeline: Pipeline, asked: tuple[PruneConfig, bool], error: Exception | None
+    ) -> None:
+        if error is not None:
+            self._fault(fault_code(error), f'pruning = refused by the policy: {error}')
+        if pipeline is not self._pipeline:
             return
-        refused = dataclasses.asdict(self._pipeline.config.pruning)
+        if error is None:
+            self._held = asked
+        elif asked is self._asked:  # else what was accepted since is still to be answered
+            self._take_back()
+
+    def _take_back(self) -> None:
+        """The parameters, and the status, say again what holds."""
+        refused = dataclasses.asdict(self._asked[0])
+        held, dense = self._asked = self._held
         self._pipeline.config = dataclasses.replace(self._pipeline.config, pruning=held)
         self._status.dense = dense
         self.set_parameters(
