@@ -4,6 +4,7 @@ import dataclasses
 import json
 from types import SimpleNamespace
 
+import cv2
 import numpy as np
 import pytest
 from conftest import ACTION_NAMES
@@ -17,6 +18,7 @@ from specprune_ros.errors import ConfigError, RecordingError
 from specprune_ros.sim import evaluate as evaluating
 from specprune_ros.sim.comparison import compare, discordant, mcnemar
 from specprune_ros.sim.evaluate import Conditioned, Plan, Result, pruning_of, read_results
+from specprune_ros.sim.film import STILL_FRAMES
 from specprune_ros.types import Mode, Observation, PolicyResult, PruneReport
 
 TASKS = ['object_shuffled/0', 'object_shuffled/1']
@@ -32,14 +34,18 @@ PLAN = Plan(params=('robots/libero_franka_3cam',), overrides=OVERRIDES, size=8)
 def result(task='a/0', method='dense', seed=0, success=True, **changes) -> Result:
     values = {
         'steps': 100, 'queries': 13, 'latency_ms': 20.0, 'kept': 0.3, 'static': 0.4, 'fine': 0.5,
+        'action_error': 0.01,
     }  # fmt: skip
     return Result(task=task, method=method, seed=seed, success=success, **{**values, **changes})
 
 
 class Still:
-    """A policy that never moves, and says that it pruned."""
+    """A policy that never moves, or always one way, and says that it pruned."""
 
     config = None
+
+    def __init__(self, action: float = 0.0):
+        self._action = action
 
     def reset(self):
         pass
@@ -49,9 +55,11 @@ class Still:
             stamp_ns=observation.stamp_ns, chunk_id=0, epoch=1, method='', budget='', alpha=1.0,
             mode=Mode.FINE, mode_reason='', tokens_total=np.array([40, 60]),
             tokens_static=np.array([20, 20]), tokens_kept=np.array([10, 20]),
+            cameras=('wrist', 'side'), grid_rows=np.array([5, 6]), grid_cols=np.array([8, 10]),
+            reason=np.ones(100, np.uint8), pruned_after_layer=np.zeros(100, np.uint8),
             latency_total_s=0.5 if observation.stamp_ns == 0 else 0.02,
         )  # fmt: skip
-        chunk = SimpleNamespace(data=np.zeros((8, 7)))
+        chunk = SimpleNamespace(data=np.full((8, 7), self._action))
         return PolicyResult(chunk=chunk, report=report)
 
     def observe_executed(self, action, images=None):
@@ -66,9 +74,13 @@ def worlds(monkeypatch):
     def environment(task, cameras, size):
         world = World(task)
         world.task = dataclasses.replace(world.task, max_steps=12)
+        ran.append(world)
         return world
 
-    monkeypatch.setattr(evaluating, '_policy', lambda _, method: ran.append(method) or Still())
+    def policy(plan, method):
+        return Still(0.0 if method == 'dense' else 0.25)
+
+    monkeypatch.setattr(evaluating, '_policy', policy)
     monkeypatch.setattr(evaluating, '_environment', environment)
     return ran
 
@@ -180,9 +192,9 @@ class TestConditions:
 
 
 class TestEvaluate:
-    def run(self, folder, seeds=2, plan=PLAN) -> list[Result]:
+    def run(self, folder, seeds=2, plan=PLAN, films=0) -> list[Result]:
         jobs = evaluating.jobs_of(TASKS, ['dense', 'specprune'], seeds)
-        return list(evaluating.evaluate(folder, plan, jobs, workers=0))
+        return list(evaluating.evaluate(folder, plan, jobs, workers=0, films=films))
 
     def test_every_method_meets_the_same_episodes(self, tmp_path, worlds):
         results = self.run(tmp_path)
@@ -196,6 +208,7 @@ class TestEvaluate:
             assert (one.steps, one.queries, one.success) == (12, 2, False)
             assert (one.kept, one.static, one.fine) == (0.3, 0.4, 1.0)
             assert one.latency_ms == 20.0, 'without the first query'
+            assert one.action_error == (0.25 if one.method == 'specprune' else 0.0)
         assert read_results(tmp_path) == results
 
     def test_a_second_run_makes_only_what_is_missing(self, tmp_path, worlds):
@@ -206,6 +219,23 @@ class TestEvaluate:
         assert len(worlds) == 8
         assert again[:4] == first
         assert len(read_results(tmp_path)) == 8
+
+    def test_a_query_after_a_part_of_each_chunk(self, tmp_path, worlds):
+        results = self.run(tmp_path, plan=dataclasses.replace(PLAN, open_loop_steps=5))
+        assert {(one.steps, one.queries) for one in results} == {(12, 3)}
+
+    def test_a_query_later_than_the_chunk_is_refused(self, tmp_path, worlds):
+        with pytest.raises(ConfigError, match='open_loop_steps'):
+            self.run(tmp_path, plan=dataclasses.replace(PLAN, open_loop_steps=9))
+
+    def test_videos_show_every_step(self, tmp_path, worlds):
+        self.run(tmp_path, films=1)
+        videos = sorted((tmp_path / 'videos').iterdir())
+        assert len(videos) == 4, 'of two tasks, two methods, one seed'
+        film = cv2.VideoCapture(str(videos[0]))
+        assert film.get(cv2.CAP_PROP_FRAME_COUNT) == 12 + STILL_FRAMES
+        assert film.get(cv2.CAP_PROP_FPS) == 20
+        assert film.read()[1].std() > 10
 
     def test_another_plan_in_the_folder_is_refused(self, tmp_path, worlds):
         self.run(tmp_path, seeds=1)
@@ -247,6 +277,7 @@ class TestCommand:
             ('dense', None),
             ('specprune', None),
         ]
+        assert cv2.imread(str(tmp_path / 'out' / 'success.png')) is not None
 
     @pytest.mark.parametrize(
         ('option', 'value', 'why'),

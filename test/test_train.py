@@ -397,6 +397,12 @@ class TestExport:
                 theirs = model.act(prompt, _dense(model, prompt))
                 torch.testing.assert_close(ours[row], theirs, atol=1e-5, rtol=1e-5)
 
+    def test_budgets_are_the_papers_shares_of_the_patches(self, checkpoint):
+        pruning = load_config([checkpoint / PARAMS]).pruning
+        share = (SIZE // 14) ** 2 / 256
+        for name, k in (('k_global', 30), ('k_local_coarse', 24), ('k_dynamic_fine', 10)):
+            assert getattr(pruning, name) == pytest.approx(k * share, abs=0.5)
+
     def test_a_policy_acts_from_it(self, data, checkpoint):
         policy = Policy.load(self.served(checkpoint))
         result = policy.infer(self.observation(data, 0, 1))

@@ -1,7 +1,7 @@
 """Measure success in simulation: tasks x methods x seeds, the same episodes for every method.
 
-The same command goes on where an interrupted one stopped. Writes episodes.csv and evaluation.json;
-the table is of all its episodes.
+The same command goes on where an interrupted one stopped. Writes episodes.csv, evaluation.json and
+success.png; table and picture are of all episodes asked for.
 """
 
 from __future__ import annotations
@@ -55,6 +55,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default='normal',
         help='normal; grey: images tell nothing; withheld, wrong: the instruction does not',
     )
+    parser.add_argument(
+        '--open-loop-steps',
+        type=int,
+        default=0,
+        metavar='N',
+        help='steps of a chunk that are executed before the next query; 0: all',
+    )
+    parser.add_argument(
+        '--videos', type=int, default=0, metavar='N', help='films of seeds 0..N-1, with overlays'
+    )
     parser.add_argument('--out', type=Path, default=Path('out/eval'), help='output folder')
     parser.add_argument('--workers', type=int, default=1, help='processes; 0: this one')
     parser.add_argument('--size', type=int, default=112, help='side of an image, px')
@@ -69,6 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     from specprune_ros.sim.comparison import compare
     from specprune_ros.sim.evaluate import DENSE, evaluate, jobs_of
+    from specprune_ros.sim.plots import plot_cells
     from specprune_ros.sim.tasks import SHUFFLED, WANTED
 
     tasks = arguments.task or [f'{SHUFFLED}/{index}' for index in range(len(WANTED))]
@@ -78,17 +89,19 @@ def run(arguments: argparse.Namespace) -> int:
     if workers > (cores := os.cpu_count() or 1):
         raise ConfigError('--workers', workers, f'this machine has {cores} cores')
     plan = plan_from(arguments)
+    films = at_least('videos', arguments.videos, 0)
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
     results = []
     with Progress(console=console) as progress:
         bar = progress.add_task('episodes', total=len(jobs))
-        for result in evaluate(arguments.out, plan, jobs, workers=workers):
+        for result in evaluate(arguments.out, plan, jobs, workers=workers, films=films):
             results.append(result)
             good = sum(one.success for one in results)
             progress.update(bar, advance=1, description=f'episodes, {good} solved')
     order = {method: index for index, method in enumerate(methods)}
     cells = compare(sorted(results, key=lambda one: order[one.method]), methods[0])
     console.print(cell_table(cells, plan.condition))
+    plot_cells(cells, arguments.out / 'success.png')
     if arguments.json:
         content = {'plan': dataclasses.asdict(plan), 'cells': [_plain(cell) for cell in cells]}
         arguments.json.write_text(json.dumps(content, indent=2) + '\n')
@@ -117,6 +130,7 @@ def plan_from(arguments: argparse.Namespace) -> Plan:
         overrides={**fixed, **overrides_from(arguments)},
         size=at_least('size', arguments.size, 14),
         condition=arguments.condition,
+        open_loop_steps=at_least('open_loop_steps', arguments.open_loop_steps, 0),
     )
 
 
@@ -126,7 +140,8 @@ def cell_table(cells: Sequence[Cell], condition: str) -> Table:
 
     table = Table(title='success' if condition == 'normal' else f'success, {condition}')
     for name in (
-        'task', 'method', 'success', '95 %', 'won, lost', 'p', 'steps', 'ms', 'kept', 'fine',
+        'task', 'method', 'success', '95 %', 'won, lost', 'p', 'steps', 'ms', 'static', 'kept',
+        'fine', 'error',
     ):  # fmt: skip
         table.add_column(name, justify='left' if name in ('task', 'method') else 'right')
     for cell in cells:
@@ -139,8 +154,10 @@ def cell_table(cells: Sequence[Cell], condition: str) -> Table:
             '' if cell.p_value is None else f'{cell.p_value:.3f}',
             '' if math.isnan(cell.steps) else f'{cell.steps:.0f}',
             f'{cell.latency_ms:.1f}',
+            f'{cell.static:.0%}',
             f'{cell.kept:.0%}',
             f'{cell.fine:.0%}',
+            f'{cell.action_error:.3f}',
         )
     return table
 

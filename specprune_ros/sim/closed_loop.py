@@ -7,6 +7,7 @@ import math
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 
@@ -22,22 +23,26 @@ from specprune_ros.types import ActionSpace, ExecutedAction, Observation
 class LiberoTask:
     """An `ablation.task.Task`: one episode per seed, until LIBERO says success or time is up.
 
-    The policy's chunks are executed to their end, unless it asks for a new query.
-
     Args:
         env: what to act in.
         robot: as the policy has it.
+        open_loop_steps: of a chunk that are executed before the next query; 0: all of them. The
+            policy may ask for that query earlier.
 
     Raises:
-        ConfigError: the robot is not the simulated one.
+        ConfigError: the robot is not the simulated one, or its chunks are shorter.
     """
 
     env: LiberoEnv
     robot: RobotConfig
+    open_loop_steps: int = 0
     closed_loop = True
 
     def __post_init__(self) -> None:
         check_robot(self.robot)
+        if not 0 <= self.open_loop_steps <= self.robot.horizon:
+            why = f'must be 1 to {self.robot.horizon}, or 0 for all of a chunk'
+            raise ConfigError('open_loop_steps', self.open_loop_steps, why)
 
     @property
     def name(self) -> str:
@@ -47,7 +52,11 @@ class LiberoTask:
     @property
     def queries(self) -> int:
         """Of an episode that fails; others end earlier."""
-        return math.ceil(self.env.task.max_steps / self.robot.horizon)
+        return math.ceil(self.env.task.max_steps / self._steps_per_query)
+
+    @property
+    def _steps_per_query(self) -> int:
+        return self.open_loop_steps or self.robot.horizon
 
     @property
     def seeds(self) -> int:
@@ -77,7 +86,7 @@ class LiberoTask:
         while not self.env.success and state.step < self.env.task.max_steps:
             observation = self._observation()
             if not chunk:
-                chunk.extend(policy.infer(observation).chunk.data)
+                chunk.extend(islice(policy.infer(observation).chunk.data, self._steps_per_query))
             executed = self._executed(chunk.popleft(), observation)
             state = self.env.step(executed.data)
             if policy.observe_executed(executed, observation.images):

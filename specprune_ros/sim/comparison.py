@@ -24,7 +24,7 @@ class Cell:
         low, high: 95 % interval of the success rate (Wilson).
         steps: of the successful ones, mean; NaN without.
         latency_ms: of a query, median over episodes.
-        kept, static, fine: see Result, means.
+        kept, static, fine, action_error: see Result, means.
         won, lost: episodes that only this method, or only the reference, solved; None for the
             reference itself.
         p_value: two-sided, of the exact test on these; None likewise.
@@ -41,6 +41,7 @@ class Cell:
     kept: float
     static: float
     fine: float
+    action_error: float
     won: int | None
     lost: int | None
     p_value: float | None
@@ -81,6 +82,7 @@ def _cell(task: str, results: Sequence[Result], method: str, reference: str) -> 
         kept=_mean([one.kept for one in mine]),
         static=_mean([one.static for one in mine]),
         fine=_mean([one.fine for one in mine]),
+        action_error=_mean([one.action_error for one in mine]),
         won=won,
         lost=lost,
         p_value=p_value,

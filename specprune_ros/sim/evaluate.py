@@ -9,10 +9,12 @@ PruneConfig; a condition changes what the policy is given, to find out what it n
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import functools
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -29,6 +31,7 @@ from specprune_ros.errors import ConfigError, RecordingError
 from specprune_ros.images import CameraImage
 from specprune_ros.sim.closed_loop import LiberoTask, check_robot
 from specprune_ros.sim.collect import begin_worker
+from specprune_ros.sim.film import Filmed
 from specprune_ros.sim.libero import LiberoEnv
 from specprune_ros.sim.tasks import GREY, SHUFFLED, WANTED, WITHHELD, find_task
 from specprune_ros.types import ExecutedAction, Mode, Observation, PolicyResult
@@ -46,12 +49,14 @@ class Plan:
         overrides: flat names -> values, over the files.
         size: height and width of the rendered images, px.
         condition: a key of CONDITIONS.
+        open_loop_steps: see LiberoTask.
     """
 
     params: tuple[str, ...]
     overrides: Mapping[str, object]
     size: int
     condition: str = 'normal'
+    open_loop_steps: int = 0
 
     def policy_config(self) -> PolicyConfig:
         """The configuration that methods change the pruning of.
@@ -76,6 +81,8 @@ class Result:
         kept: share of the visual tokens after the last layer, mean over queries.
         static: the same after static pruning.
         fine: share of the queries in fine mode.
+        action_error: mean absolute difference from what a dense inference on the same observation
+            gives, over all queries, in the units of the actions (-1..1 in LIBERO).
     """
 
     task: str
@@ -88,6 +95,7 @@ class Result:
     kept: float
     static: float
     fine: float
+    action_error: float
 
 
 Job = tuple[str, str, int]  # task, method, seed
@@ -159,16 +167,19 @@ class Conditioned:
         policy: that acts.
         condition: a key of CONDITIONS.
         task: its name.
+        dense: is asked the same, to compare; None: nobody is.
 
     Attributes:
         results: of every query since the reset.
+        errors: of every query: mean absolute difference of its actions from the dense ones.
     """
 
-    def __init__(self, policy: Driven, condition: str, task: str):
-        self._policy = policy
+    def __init__(self, policy: Driven, condition: str, task: str, dense: Driven | None = None):
+        self._policy, self._dense = policy, dense
         self._change = CONDITIONS[condition]
         self._task = task
         self.results: list[PolicyResult] = []
+        self.errors: list[float] = []
 
     @property
     def config(self) -> PolicyConfig:
@@ -178,11 +189,15 @@ class Conditioned:
     def reset(self) -> None:
         """A new episode begins."""
         self._policy.reset()
-        self.results.clear()
+        self.results.clear(), self.errors.clear()
 
     def infer(self, observation: Observation) -> PolicyResult:
         """One query."""
-        self.results.append(self._policy.infer(self._change(observation, self._task)))
+        given = self._change(observation, self._task)
+        self.results.append(self._policy.infer(given))
+        if self._dense is not None:
+            wanted = self._dense.infer(given).chunk.data
+            self.errors.append(float(np.abs(self.results[-1].chunk.data - wanted).mean()))
         return self.results[-1]
 
     def observe_executed(
@@ -199,8 +214,13 @@ class Conditioned:
 # Episodes ---------------------------------------------------------------------------------------
 
 
-def run_episode(plan: Plan, job: Job) -> Result:
+def run_episode(plan: Plan, job: Job, film: Path | None = None) -> Result:
     """One episode of one method.
+
+    Args:
+        plan: what all share.
+        job: which one.
+        film: video to write of it.
 
     Raises:
         ConfigError, MissingDependencyError, CheckpointError: see LiberoEnv and Policy.load.
@@ -209,18 +229,27 @@ def run_episode(plan: Plan, job: Job) -> Result:
     task, method, seed = job
     config = plan.policy_config()
     env = _environment(task, config.robot.camera_names, plan.size)
-    policy = Conditioned(_policy(_Frozen(plan), method), plan.condition, task)
-    (end,) = LiberoTask(env, config.robot).run(policy, seed)
-    return result_of(job, end, policy.results)
+    dense = None if method == DENSE else _policy(_Frozen(plan), DENSE)
+    policy = Conditioned(_policy(_Frozen(plan), method), plan.condition, task, dense)
+    with contextlib.ExitStack() as stack:
+        driven = stack.enter_context(Filmed(policy, film)) if film else policy
+        (end,) = LiberoTask(env, config.robot, plan.open_loop_steps).run(driven, seed)
+    return result_of(job, end, policy.results, policy.errors)
 
 
-def result_of(job: Job, end: Mapping[str, float], results: Sequence[PolicyResult]) -> Result:
+def result_of(
+    job: Job,
+    end: Mapping[str, float],
+    results: Sequence[PolicyResult],
+    errors: Sequence[float] = (),
+) -> Result:
     """The line of an episode.
 
     Args:
         job: which one.
         end: 'success' and 'steps'.
         results: of its queries, at least one.
+        errors: of its queries; none for a dense policy.
     """
     task, method, seed = job
     reports = [result.report for result in results]
@@ -237,6 +266,7 @@ def result_of(job: Job, end: Mapping[str, float], results: Sequence[PolicyResult
         kept=_mean([r.tokens_kept.sum() / n for r, n in zip(reports, total, strict=True)]),
         static=_mean([r.tokens_static.sum() / n for r, n in zip(reports, total, strict=True)]),
         fine=_mean([r.mode == Mode.FINE for r in reports]),
+        action_error=_mean(errors) if errors else 0.0,
     )
 
 
@@ -267,7 +297,7 @@ def _model(frozen: _Frozen):
     return load(frozen.plan.policy_config())
 
 
-@functools.lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=2)  # the method's and the dense one
 def _policy(frozen: _Frozen, method: str) -> Driven:
     from specprune_ros.policy import Policy
 
@@ -295,7 +325,9 @@ def jobs_of(tasks: Sequence[str], methods: Sequence[str], seeds: int) -> list[Jo
     return [(task, method, seed) for task in tasks for method in methods for seed in range(seeds)]
 
 
-def evaluate(folder: Path, plan: Plan, jobs: Sequence[Job], *, workers: int) -> Iterator[Result]:
+def evaluate(
+    folder: Path, plan: Plan, jobs: Sequence[Job], *, workers: int, films: int = 0
+) -> Iterator[Result]:
     """Run the episodes that a folder lacks.
 
     Args:
@@ -303,6 +335,7 @@ def evaluate(folder: Path, plan: Plan, jobs: Sequence[Job], *, workers: int) -> 
         plan: of the folder.
         jobs: what it is to have.
         workers: processes; 0 works in this one.
+        films: of seeds below this, a video goes to <folder>/videos.
 
     Yields:
         every result when it is written: those of earlier runs first.
@@ -319,19 +352,33 @@ def evaluate(folder: Path, plan: Plan, jobs: Sequence[Job], *, workers: int) -> 
     wanted = set(jobs)
     yield from (one for one in before if (one.task, one.method, one.seed) in wanted)
     done = {(one.task, one.method, one.seed) for one in before}
-    for result in _results(plan, [job for job in jobs if job not in done], workers):
+    todo = [job for job in jobs if job not in done]
+    paths = [film_path(folder, job) if job[2] < films else None for job in todo]
+    for result in _results(plan, todo, paths, workers):
         append_result(folder, result)
         yield result
 
 
-def _results(plan: Plan, jobs: Sequence[Job], workers: int) -> Iterator[Result]:
+def film_path(folder: Path, job: Job) -> Path:
+    """Where an episode's video is."""
+    task, method, seed = job
+    name = re.sub(r'[^\w.=-]+', '_', f'{task} {method} {seed}')
+    return folder / 'videos' / f'{name}.mp4'
+
+
+def _results(
+    plan: Plan, jobs: Sequence[Job], films: Sequence[Path | None], workers: int
+) -> Iterator[Result]:
     if not workers or not jobs:
-        yield from (run_episode(plan, job) for job in jobs)
+        yield from map(functools.partial(run_episode, plan), jobs, films)
         return
     # A forked renderer would share its parent's GL context, hence new interpreters.
     pool = ProcessPoolExecutor(workers, get_context('spawn'), initializer=begin_worker)
     try:
-        futures = [pool.submit(run_episode, plan, job) for job in jobs]
+        futures = [
+            pool.submit(run_episode, plan, job, film)
+            for job, film in zip(jobs, films, strict=True)
+        ]
         for future in as_completed(futures):
             yield future.result()
     finally:
@@ -390,7 +437,8 @@ def read_results(folder: Path) -> list[Result]:
 def _result(path: Path, row: dict[str, str]) -> Result:
     try:
         whole = {name: int(row[name]) for name in ('seed', 'steps', 'queries')}
-        real = {name: float(row[name]) for name in ('latency_ms', 'kept', 'static', 'fine')}
+        names = ('latency_ms', 'kept', 'static', 'fine', 'action_error')
+        real = {name: float(row[name]) for name in names}
         success = bool(int(row['success']))
         return Result(task=row['task'], method=row['method'], success=success, **whole, **real)
     except (KeyError, TypeError, ValueError) as error:

@@ -5,6 +5,7 @@ Source: openvla_oft spec, sections 1 to 3.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -14,10 +15,11 @@ import torch
 import yaml
 from torch import Tensor
 
+from specprune_ros.config import PruneConfig
 from specprune_ros.models.openvla_folder import MEANS, OVERRIDES, STDS
 from specprune_ros.models.openvla_oft import Bounds
 from specprune_ros.sim.state import ACTION_NAMES, STEP_NS
-from specprune_ros.train.config import NetworkConfig
+from specprune_ros.train.config import PATCH, NetworkConfig
 from specprune_ros.train.data import TrainingSet
 from specprune_ros.train.gate import Gate
 from specprune_ros.train.network import llama_sizes
@@ -26,6 +28,7 @@ from specprune_ros.train.vocabulary import FILE as TOKENIZER
 
 PARAMS = 'params.yaml'
 DATASET = 'specprune_sim'  # key of the statistics
+PAPER_PATCHES = 256  # per camera, for which the K of PruneConfig are counted
 
 
 def export(trainer: Trainer, folder: Path, gate: Gate | None = None) -> Path:
@@ -147,7 +150,15 @@ def parameters(trainer: Trainer) -> dict:
         'center_crop': False,
         'dtype': 'float32',
     }
-    return {'/**': {'ros__parameters': {'robot': robot, 'model': model}}}
+    pruning = budgets((trainer.config.network.image_size // PATCH) ** 2)
+    return {'/**': {'ros__parameters': {'robot': robot, 'model': model, 'pruning': pruning}}}
+
+
+def budgets(patches: int) -> dict[str, int]:
+    """The paper's K, which are counts of 256 patches, as the same share of `patches`."""
+    paper = dataclasses.asdict(PruneConfig())
+    counts = {name: value for name, value in paper.items() if name.startswith('k_')}
+    return {name: round(k * patches / PAPER_PATCHES) for name, k in counts.items()}
 
 
 def model_card(trainer: Trainer, gate: Gate, size: int) -> str:
@@ -161,7 +172,7 @@ def model_card(trainer: Trainer, gate: Gate, size: int) -> str:
         count=count / 1e6,
         megabytes=size / 1e6,
         cameras=', '.join(data.cameras),
-        patches=(config.network.image_size // 14) ** 2,
+        patches=(config.network.image_size // PATCH) ** 2,
         layers=config.network.layers,
         width=config.network.width,
         horizon=config.data.horizon,
