@@ -31,7 +31,7 @@ setup(
     license='Apache-2.0',
     python_requires='>=3.10',
     packages=find_packages(include=['specprune_ros', 'specprune_ros.*']),
-    package_data={'specprune_ros': ['explain.html']},
+    package_data={'specprune_ros': ['explain.html', 'checkpoints/*/*']},
     data_files=config_files(),
     entry_points={'console_scripts': ['specprune = specprune_ros.cli:main']},
     install_requires=[

@@ -38,6 +38,7 @@ from lifecycle_msgs.msg import Transition
 
 from launch import LaunchContext, LaunchDescription
 from specprune_ros.config_files import load_config
+from specprune_ros.shipped import PREFIX
 
 SHARE = get_package_share_directory('specprune_ros')
 RESPAWN_DELAY_S = 2.0
@@ -114,9 +115,11 @@ def vla_overrides(value: dict[str, str]) -> dict[str, object]:
     """Parameters of vla_node that arguments set, flat names -> values."""
     overrides: dict[str, object] = {}
     if value['checkpoint']:
-        # Relative to where launch was started, wherever the node runs.
-        folder = os.path.expanduser(value['checkpoint'])
-        overrides['model.checkpoint'] = os.path.abspath(folder)
+        overrides['model.checkpoint'] = value['checkpoint']
+        if not value['checkpoint'].startswith(PREFIX):
+            # Relative to where launch was started, wherever the node runs.
+            folder = os.path.expanduser(value['checkpoint'])
+            overrides['model.checkpoint'] = os.path.abspath(folder)
     if value['unnorm_key']:
         overrides['model.unnorm_key'] = value['unnorm_key']
     if value['dry_run']:

@@ -187,7 +187,9 @@ class ModelConfig:
     """Which model runs, and where."""
 
     name: str = setting('tiny', 'model, a key of specprune_ros.models.MODELS')
-    checkpoint: str = setting('', 'folder of the model, for all but tiny')
+    checkpoint: str = setting(
+        '', 'folder of the model, for all but tiny; shipped/NAME: one of this package'
+    )
     base_checkpoint: str = setting(
         '', 'folder of the base model, for a checkpoint that holds only lora_adapter/'
     )

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from specprune_ros.cli.options import add_config_arguments, at_least, overrides_from
 from specprune_ros.errors import ConfigError
+from specprune_ros.shipped import find_checkpoint
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -25,13 +26,15 @@ if TYPE_CHECKING:
     from specprune_ros.sim.comparison import Cell
     from specprune_ros.sim.evaluate import Plan
 
+PARAMS = 'params.yaml'
 WIDTH = 120  # columns where the output is no terminal
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument(
-        'checkpoint', type=Path, help='folder that `specprune train` wrote, with its params.yaml'
+        'checkpoint',
+        help='folder that `specprune train` wrote, with its params.yaml, or shipped/NAME',
     )
     parser.add_argument(
         '--task',
@@ -117,14 +120,14 @@ def plan_from(arguments: argparse.Namespace) -> Plan:
     """
     from specprune_ros.sim.evaluate import CONDITIONS, Plan
 
-    params = arguments.checkpoint / 'params.yaml'
+    params = find_checkpoint(arguments.checkpoint) / PARAMS
     if not params.is_file():
-        raise ConfigError('checkpoint', str(arguments.checkpoint), 'holds no params.yaml')
+        raise ConfigError('checkpoint', arguments.checkpoint, f'holds no {PARAMS}')
     if arguments.condition not in CONDITIONS:
         why = f'must be one of {", ".join(CONDITIONS)}'
         raise ConfigError('--condition', arguments.condition, why)
     # One thread: workers share the machine, and a latency means something beside others.
-    fixed = {'model.checkpoint': str(arguments.checkpoint), 'model.threads': 1}
+    fixed = {'model.checkpoint': arguments.checkpoint, 'model.threads': 1}
     return Plan(
         params=(str(params), *arguments.params),
         overrides={**fixed, **overrides_from(arguments)},

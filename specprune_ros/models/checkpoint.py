@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from specprune_ros.errors import CheckpointError, MissingDependencyError
+from specprune_ros.shipped import find_checkpoint
 
 CONFIG = 'config.json'
 STATISTICS = 'dataset_statistics.json'
@@ -62,6 +63,9 @@ Weights = dict[str, Weight]  # by the name that the model gives them: `Weight.ke
 class Checkpoint:
     """A checkpoint folder.
 
+    Args:
+        folder: where it is, or the name of a shipped one.
+
     Attributes:
         folder: where it is.
         config: content of config.json.
@@ -71,7 +75,7 @@ class Checkpoint:
     """
 
     def __init__(self, folder: str | Path):
-        self.folder = Path(folder).expanduser()
+        self.folder = find_checkpoint(folder)
         if not self.folder.is_dir():
             why = 'is a file' if self.folder.exists() else 'does not exist'
             raise CheckpointError(f'checkpoint folder {self.folder}: {why}')

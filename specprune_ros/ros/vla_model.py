@@ -8,6 +8,7 @@ from pathlib import Path
 from specprune_ros.config import PolicyConfig
 from specprune_ros.msg import ModelInfo
 from specprune_ros.ros.conversions import to_duration, to_time
+from specprune_ros.shipped import find_checkpoint
 from specprune_ros.types import ActionSpace
 
 # Class of an action head -> what model.head calls it. By name: torch is not imported here.
@@ -27,11 +28,12 @@ def model_info(policy, config: PolicyConfig, now_ns: int) -> ModelInfo:
     """What runs: the configuration, and what the loaded model says of itself."""
     info, robot = policy.model.info, config.robot
     device, dtype = _placed(policy.model)
-    from_files = bool(config.model.checkpoint) and not info.stand_in
+    folder = config.model.checkpoint
+    from_files = bool(folder) and not info.stand_in
     msg = ModelInfo(
         name=config.model.name,
-        checkpoint=config.model.checkpoint,
-        fingerprint=fingerprint(config.model.checkpoint),
+        checkpoint=folder,
+        fingerprint=fingerprint(find_checkpoint(folder)) if folder else '',
         unnorm_key=dataset(config) if from_files else config.model.unnorm_key,
         head=head(policy.model) or config.model.head,
         method=config.pruning.method,
@@ -68,14 +70,14 @@ def dataset(config: PolicyConfig) -> str:
     return Folder.open(config.model.checkpoint).statistics(config.model.unnorm_key)[0]
 
 
-def fingerprint(folder: str) -> str:
-    """SHA-256 over names, sizes and headers of a folder's weight files; empty without a folder.
+def fingerprint(folder: Path) -> str:
+    """SHA-256 over names, sizes and headers of a folder's weight files; empty without any.
 
     Tells checkpoints apart within milliseconds. It is no proof against someone who changes
     weights on purpose: they are not read.
     """
     digest = hashlib.sha256()
-    files = sorted(Path(folder).iterdir()) if folder and Path(folder).is_dir() else []
+    files = sorted(folder.iterdir()) if folder.is_dir() else []
     weights = [path for path in files if path.suffix in WEIGHTS and path.is_file()]
     for path in weights:
         digest.update(f'{path.name}\0{path.stat().st_size}\0'.encode())

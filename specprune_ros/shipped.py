@@ -1,0 +1,30 @@
+"""Checkpoints that are part of this package: `shipped/NAME` wherever a folder may be named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from specprune_ros.errors import CheckpointError
+
+PREFIX = 'shipped/'
+FOLDER = Path(__file__).parent / 'checkpoints'
+
+
+def shipped_names() -> list[str]:
+    """What may stand after PREFIX."""
+    return sorted(path.parent.name for path in FOLDER.glob('*/config.json'))
+
+
+def find_checkpoint(name: str | Path) -> Path:
+    """The folder that a name stands for: a path, or PREFIX and the name of a shipped one.
+
+    Raises:
+        CheckpointError: nothing of that name is shipped.
+    """
+    text = str(name)
+    if not text.startswith(PREFIX):
+        return Path(name).expanduser()
+    if text.removeprefix(PREFIX) not in shipped_names():
+        known = ', '.join(PREFIX + one for one in shipped_names()) or 'nothing'
+        raise CheckpointError(f'checkpoint {text}: this package ships {known}')
+    return FOLDER / text.removeprefix(PREFIX)
