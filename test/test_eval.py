@@ -17,6 +17,7 @@ from specprune_ros.config import PruneConfig
 from specprune_ros.errors import ConfigError, RecordingError
 from specprune_ros.sim import evaluate as evaluating
 from specprune_ros.sim.comparison import compare, discordant, mcnemar
+from specprune_ros.sim.conditions import CONDITIONS
 from specprune_ros.sim.evaluate import Conditioned, Plan, Result, pruning_of, read_results
 from specprune_ros.sim.film import STILL_FRAMES
 from specprune_ros.types import Mode, Observation, PolicyResult, PruneReport
@@ -74,6 +75,7 @@ def worlds(monkeypatch):
     def environment(task, cameras, size):
         world = World(task)
         world.task = dataclasses.replace(world.task, max_steps=12)
+        world.disturb = lambda disturbance, seed: world.__dict__.update(given=(disturbance, seed))
         ran.append(world)
         return world
 
@@ -180,6 +182,15 @@ class TestConditions:
         assert np.ptp(listener.seen.images['side']) == np.ptp(listener.images['side']) == 0
         assert listener.seen.instruction == 'take it'
 
+    @pytest.mark.parametrize('condition', ['noise', 'blur'])
+    def test_an_image_is_spoilt_the_same_way_whenever_it_is_seen(self, condition):
+        image = np.random.default_rng(0).integers(40, 200, (32, 32, 3)).astype(np.uint8)
+        once, twice = (CONDITIONS[condition].seen({'side': image})['side'] for _ in range(2))
+        assert np.array_equal(once, twice)
+        change = np.abs(once.astype(int) - image).mean()
+        assert 5 < change < 50
+        assert once.dtype == np.uint8
+
     def test_instructions_are_withheld_or_another_task_s(self):
         assert self.given('withheld').seen.instruction == 'do it'
         assert 'alphabet soup' in self.given('wrong').seen.instruction
@@ -219,6 +230,11 @@ class TestEvaluate:
         assert len(worlds) == 8
         assert again[:4] == first
         assert len(read_results(tmp_path)) == 8
+
+    def test_a_scene_is_disturbed_by_the_seed_of_its_episode(self, tmp_path, worlds):
+        self.run(tmp_path, plan=dataclasses.replace(PLAN, condition='dark'))
+        assert [world.given[1] for world in worlds] == [0, 1] * 4
+        assert {world.given[0].light for world in worlds} == {0.6}
 
     def test_a_query_after_a_part_of_each_chunk(self, tmp_path, worlds):
         results = self.run(tmp_path, plan=dataclasses.replace(PLAN, open_loop_steps=5))
@@ -282,7 +298,7 @@ class TestCommand:
     @pytest.mark.parametrize(
         ('option', 'value', 'why'),
         [
-            ('--condition', 'dark', 'must be one of normal'),
+            ('--condition', 'fog', 'must be one of normal'),
             ('--seeds', '0', 'at least 1'),
             ('--task', 'no/1', 'libero_goal'),
             ('--set', 'alpha', 'must look like'),

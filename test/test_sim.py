@@ -19,6 +19,7 @@ from specprune_ros.sim import collect as collecting
 from specprune_ros.sim import dataset
 from specprune_ros.sim import layouts as scenes
 from specprune_ros.sim.closed_loop import LiberoTask
+from specprune_ros.sim.conditions import Disturbance
 from specprune_ros.sim.dataset import Attempt, Episode, Recipe
 from specprune_ros.sim.expert import Expert, straightening, upright
 from specprune_ros.sim.kinematics import project, rotation_about
@@ -778,6 +779,24 @@ class TestSimulator:
         assert not np.allclose(drawn.places['plate_1'], state.places['plate_1'], atol=1e-4)
         official.close()
         official.close()
+
+    def test_a_disturbed_scene_looks_different_until_it_is_set_right(self, env):
+        env.reset(0)
+        before = env.images()
+
+        def seen(disturbance: Disturbance, seed: int = 0) -> dict[str, np.ndarray]:
+            env.disturb(disturbance, seed)
+            env.reset(0)
+            return env.images()
+
+        dark, moved = seen(Disturbance(light=0.5)), seen(Disturbance(camera_m=0.02))
+        turned = seen(Disturbance(camera_m=0.02), seed=1)
+        for name, image in before.items():
+            assert dark[name].mean() < 0.8 * image.mean()
+            assert not np.array_equal(moved[name], image)
+            assert not np.array_equal(moved[name], turned[name]), 'another way for another seed'
+        again = seen(Disturbance())
+        assert all(np.array_equal(again[name], image) for name, image in before.items())
 
     def test_a_worker_collects_what_this_process_would(self, env, tmp_path):
         """A spawned process finds the simulator, and a seed does not depend on who runs it."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import threading
 import time
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +15,7 @@ pytest.importorskip('specprune_ros.msg', reason='messages are not built')
 import rclpy
 from diagnostic_msgs.msg import DiagnosticArray
 from geometry_msgs.msg import PoseStamped, TwistStamped
+from point_arm import GOAL_X, Point
 from rclpy.executors import SingleThreadedExecutor
 from rosgraph_msgs.msg import Clock
 from sensor_msgs.msg import Image, JointState
@@ -25,53 +25,10 @@ from std_srvs.srv import Trigger
 from specprune_ros.errors import ConfigError
 from specprune_ros.ros import conversions, qos
 from specprune_ros.ros.sim_node import SimNode
-from specprune_ros.sim.state import JOINTS, OPEN, STEP_NS, SimState
+from specprune_ros.sim.state import JOINTS, STEP_NS
 
 pytestmark = [pytest.mark.ros, pytest.mark.slow, pytest.mark.timeout(60)]
 WAIT_S = 10.0
-GOAL_X = 0.05
-
-
-class Point:
-    """A hand that goes where it is told; done when it is far enough in x."""
-
-    task = SimpleNamespace(name='point/0', max_steps=10**6)
-    instruction = 'move away'
-
-    def __init__(self, cameras=('wrist',), size=8, max_steps=10**6):
-        self.task = SimpleNamespace(name='point/0', max_steps=max_steps)
-        self._cameras, self._size = cameras, size
-        self.hand, self.gripper, self.steps = np.zeros(3), OPEN, 0
-        self.closed = False
-
-    def reset(self, seed, split):
-        if seed == 13:
-            raise ConfigError('seed', seed, 'brings bad luck')
-        self.hand, self.steps = np.array([0.0, seed, 0.0]), 0
-        return self._state()
-
-    def step(self, action):
-        self.hand = self.hand + 0.001 * action[:3]
-        self.gripper, self.steps = action[6], self.steps + 1
-        return self._state()
-
-    def images(self):
-        image = np.zeros((self._size, self._size, 3), np.uint8)
-        image[0] = 200  # bright above
-        return dict.fromkeys(self._cameras, image)
-
-    @property
-    def success(self):
-        return self.hand[0] > GOAL_X
-
-    def close(self):
-        self.closed = True
-
-    def _state(self):
-        return SimState(
-            step=self.steps, joints=np.arange(len(JOINTS)) / 10, hand=self.hand,
-            hand_xyzw=np.array([1.0, 0.0, 0.0, 0.0]), places={},
-        )  # fmt: skip
 
 
 class Peer:

@@ -56,7 +56,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--condition',
         default='normal',
-        help='normal; grey: images tell nothing; withheld, wrong: the instruction does not',
+        help='normal; grey: images tell nothing; withheld, wrong: the instruction does not; '
+        'noise, blur, dark, bright, camera: what robustness is measured with',
     )
     parser.add_argument(
         '--open-loop-steps',
@@ -118,7 +119,8 @@ def plan_from(arguments: argparse.Namespace) -> Plan:
     Raises:
         ConfigError: a value is bad, or the folder is none of `specprune train`.
     """
-    from specprune_ros.sim.evaluate import CONDITIONS, Plan
+    from specprune_ros.sim.conditions import CONDITIONS
+    from specprune_ros.sim.evaluate import Plan
 
     params = find_checkpoint(arguments.checkpoint) / PARAMS
     if not params.is_file():

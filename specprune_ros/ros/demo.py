@@ -1,4 +1,4 @@
-"""The demo: `vla_node` and a replay as real ROS processes, watched from a third.
+"""The demo on a recording: `vla_node` and a replay as ROS processes, watched from a third.
 
 Leaves overlays, a plot of kept tokens, mode and latency per query, and a printed table.
 """
@@ -9,84 +9,30 @@ import argparse
 import dataclasses
 import signal
 import subprocess
-import sys
 import time
-from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import rclpy
 import yaml
-from diagnostic_msgs.msg import DiagnosticArray
-from rclpy.node import Node
 from rclpy.signals import SignalHandlerOptions
 from rich.console import Console
 from rich.progress import Progress
-from sensor_msgs.msg import Image
 
 from specprune_ros.config import AXES, PolicyConfig
 from specprune_ros.config_files import load_config
 from specprune_ros.errors import ConfigError, SpecPruneError
-from specprune_ros.msg import ActionChunk, PruningDiagnostics
 from specprune_ros.offline import fit_robot
 from specprune_ros.recordings import open_recording
-from specprune_ros.ros import conversions, qos
 from specprune_ros.ros.arguments import ros_arguments
+from specprune_ros.ros.demo_watch import Watcher, ended, start, stop
 from specprune_ros.ros.lifecycle import LifecycleClient
 from specprune_ros.ros.process import shut_down_rclpy
 from specprune_ros.runlog import RunLog
 
 PARAMS = ('robots/libero_franka_3cam', 'models/tiny', 'pruning/specprune', 'node')
-DEFAULT_RECORDING = Path('test/data/pick_place')
-STOP_S = 3.0  # a process that needs longer to end is a failure
+# Of a checkout, to which an installed package's files are links.
+DEFAULT_RECORDING = Path(__file__).resolve().parents[2] / 'test/data/pick_place'
 TIMEOUT_S = 120.0
-
-
-class Watcher(Node):
-    """Collects what vla_node publishes into a RunLog."""
-
-    def __init__(self, log: RunLog, cameras: tuple[str, ...]):
-        super().__init__('demo_watcher')
-        self.log = log
-        self.faults: dict[str, str] = {}
-        self._chunks: dict[int, object] = {}
-        self._cameras = cameras
-        self._overlays: Counter[str] = Counter()
-        self.create_subscription(ActionChunk, 'vla_node/action_chunk', self._on_chunk, 10)
-        self.create_subscription(PruningDiagnostics, 'vla_node/pruning', self._on_report, 10)
-        self.create_subscription(
-            DiagnosticArray, '/diagnostics', self._on_diagnostics, qos.DIAGNOSTICS
-        )
-        for camera in cameras:
-            self.create_subscription(
-                Image, f'vla_node/overlay/{camera}', self._overlay_callback(camera), qos.SENSOR
-            )
-
-    def complete(self, chunks: int) -> bool:
-        """Whether that many queries came, each with an overlay per camera."""
-        overlays = min(self._overlays[camera] for camera in self._cameras)
-        return len(self.log.reports) >= chunks and overlays >= chunks
-
-    def _on_chunk(self, msg: ActionChunk) -> None:
-        self._chunks[msg.chunk_id] = conversions.chunk_from_msg(msg)
-
-    def _on_report(self, msg: PruningDiagnostics) -> None:
-        chunk = self._chunks.pop(msg.chunk_id, None)
-        if chunk is not None:
-            self.log.add(chunk, conversions.report_from_msg(msg))
-
-    def _overlay_callback(self, camera: str):
-        def on_overlay(msg: Image) -> None:
-            image = np.frombuffer(msg.data, np.uint8).reshape(msg.height, msg.width, 3)
-            self.log.add_overlay(camera, self._overlays[camera], image)
-            self._overlays[camera] += 1
-
-        return on_overlay
-
-    def _on_diagnostics(self, msg: DiagnosticArray) -> None:
-        for status in msg.status:
-            if status.name.endswith('faults'):
-                self.faults |= {v.key: v.value for v in status.values if '(last)' in v.key}
 
 
 def write_params(config: PolicyConfig, path: Path) -> None:
@@ -110,37 +56,6 @@ _Quoting.add_representer(
 )
 
 
-def start(module: str, out: Path, *arguments: str) -> subprocess.Popen:
-    """Start one of our nodes as a process of its own; its output goes to a file."""
-    command = [sys.executable, '-m', f'specprune_ros.ros.{module}', *arguments]
-    with (out / f'{module}.log').open('w') as log:
-        # A session of its own: Ctrl-C in the terminal reaches the demo alone, which then stops it.
-        return subprocess.Popen(
-            command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-        )
-
-
-def stop(processes: dict[str, subprocess.Popen]) -> list[str]:
-    """SIGINT all processes at once.
-
-    Returns:
-        What went wrong: any that did not end with status 0 in time.
-    """
-    for process in processes.values():
-        process.send_signal(signal.SIGINT)
-    problems, end = [], time.monotonic() + STOP_S
-    for name, process in processes.items():
-        try:
-            status = process.wait(max(end - time.monotonic(), 0.0))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-            problems.append(f'{name} did not end within {STOP_S:g} s of SIGINT')
-        else:
-            problems += [f'{name} ended with status {status}'] if status else []
-    return problems
-
-
 def watch(watcher: Watcher, processes: dict[str, subprocess.Popen], chunks: int) -> str:
     """Wait for the chunks.
 
@@ -153,9 +68,8 @@ def watch(watcher: Watcher, processes: dict[str, subprocess.Popen], chunks: int)
         while not watcher.complete(chunks):
             rclpy.spin_once(watcher, timeout_sec=0.1)
             progress.update(task, completed=len(watcher.log.reports))
-            for name, process in processes.items():
-                if process.poll() is not None:
-                    return f'{name} ended with status {process.returncode}'
+            if problem := ended(processes):
+                return problem
             if time.monotonic() > end:
                 return f'only {len(watcher.log.reports)} chunks within {TIMEOUT_S:g} s'
     return ''
@@ -211,7 +125,11 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point of scripts/demo.sh."""
     parser = argparse.ArgumentParser(prog='demo.sh', description=__doc__.splitlines()[0])
     parser.add_argument(
-        '--recording', default=DEFAULT_RECORDING, help='rosbag2, .npz observation, or video'
+        '--recording',
+        nargs='?',
+        const=DEFAULT_RECORDING,
+        default=DEFAULT_RECORDING,
+        help='rosbag2, .npz observation, or video',
     )
     parser.add_argument('--instruction', default='', help="the task instead of the recording's")
     parser.add_argument('--out', type=Path, default=Path('out'), help='output folder')

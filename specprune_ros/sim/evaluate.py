@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -31,9 +31,10 @@ from specprune_ros.errors import ConfigError, RecordingError
 from specprune_ros.images import CameraImage
 from specprune_ros.sim.closed_loop import LiberoTask, check_robot
 from specprune_ros.sim.collect import begin_worker
+from specprune_ros.sim.conditions import CONDITIONS
 from specprune_ros.sim.film import Filmed
 from specprune_ros.sim.libero import LiberoEnv
-from specprune_ros.sim.tasks import GREY, SHUFFLED, WANTED, WITHHELD, find_task
+from specprune_ros.sim.tasks import find_task
 from specprune_ros.types import ExecutedAction, Mode, Observation, PolicyResult
 
 PLAN, EPISODES = 'evaluation.json', 'episodes.csv'
@@ -128,38 +129,6 @@ def pruning_of(method: str, base: PruneConfig) -> PruneConfig:
     return pruning
 
 
-# What a policy is given instead -----------------------------------------------------------------
-
-
-def _normal(observation: Observation, task: str) -> Observation:
-    return observation
-
-
-def _grey(observation: Observation, task: str) -> Observation:
-    images = {n: np.full_like(image, GREY) for n, image in observation.images.items()}
-    return dataclasses.replace(observation, images=images)
-
-
-def _withheld(observation: Observation, task: str) -> Observation:
-    return dataclasses.replace(observation, instruction=WITHHELD)
-
-
-def _wrong(observation: Observation, task: str) -> Observation:
-    suite, _, index = task.partition('/')
-    if suite != SHUFFLED:
-        raise ConfigError('--condition', 'wrong', f'only tasks of {SHUFFLED} share their scenes')
-    other = find_task(f'{SHUFFLED}/{(int(index) + 1) % len(WANTED)}')
-    return dataclasses.replace(observation, instruction=other.instruction)
-
-
-CONDITIONS: dict[str, Callable[[Observation, str], Observation]] = {
-    'normal': _normal,
-    'grey': _grey,  # images tell nothing
-    'withheld': _withheld,  # the instruction tells nothing
-    'wrong': _wrong,  # the instruction of the next task; success is still that of the task
-}
-
-
 class Conditioned:
     """A policy that is given something else than what there is, and whose queries are noted.
 
@@ -176,7 +145,7 @@ class Conditioned:
 
     def __init__(self, policy: Driven, condition: str, task: str, dense: Driven | None = None):
         self._policy, self._dense = policy, dense
-        self._change = CONDITIONS[condition]
+        self._condition = CONDITIONS[condition]
         self._task = task
         self.results: list[PolicyResult] = []
         self.errors: list[float] = []
@@ -193,7 +162,7 @@ class Conditioned:
 
     def infer(self, observation: Observation) -> PolicyResult:
         """One query."""
-        given = self._change(observation, self._task)
+        given = self._condition.given(observation, self._task)
         self.results.append(self._policy.infer(given))
         if self._dense is not None:
             wanted = self._dense.infer(given).chunk.data
@@ -205,10 +174,9 @@ class Conditioned:
         action: ExecutedAction | None,
         images: Mapping[str, np.ndarray | CameraImage] | None = None,
     ) -> bool:
-        """One control step was executed; a grey policy sees grey here too."""
-        if images is not None and self._change is _grey:
-            images = dict.fromkeys(images, np.full_like(next(iter(images.values())), GREY))
-        return self._policy.observe_executed(action, images)
+        """One control step was executed."""
+        seen = None if images is None else self._condition.seen(images)
+        return self._policy.observe_executed(action, seen)
 
 
 # Episodes ---------------------------------------------------------------------------------------
@@ -229,6 +197,7 @@ def run_episode(plan: Plan, job: Job, film: Path | None = None) -> Result:
     task, method, seed = job
     config = plan.policy_config()
     env = _environment(task, config.robot.camera_names, plan.size)
+    env.disturb(CONDITIONS[plan.condition].scene, seed)
     dense = None if method == DENSE else _policy(_Frozen(plan), DENSE)
     policy = Conditioned(_policy(_Frozen(plan), method), plan.condition, task, dense)
     with contextlib.ExitStack() as stack:

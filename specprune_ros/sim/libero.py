@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from specprune_ros.errors import ConfigError, MissingDependencyError
+from specprune_ros.sim.conditions import Disturbance
 from specprune_ros.sim.expert import straightening
 from specprune_ros.sim.kinematics import project, rotation_about, solve_hand
 from specprune_ros.sim.placement import HandDraw, draw_layout, seed_stream
@@ -37,6 +38,8 @@ SETTLE_STEPS = 10  # LIBERO's protocol: objects fall into place, the gripper ope
 DETAIL_M = 0.008  # of visual meshes; smaller details go
 MAX_SIZE = 640
 FINGERS = 2
+HEADLIGHT = ('ambient', 'diffuse', 'specular')
+LIGHTS = ('light_ambient', 'light_diffuse', 'light_specular')
 MAX_ARRANGEMENTS = 1000  # one in some hundred hands cannot be reached
 INSTALL = 'pip install "specprune_ros[sim]", in an environment of its own: it pins NumPy 1.26'
 
@@ -191,6 +194,30 @@ class LiberoEnv:
         self.state = self._read_state()
         return self.state
 
+    def disturb(self, disturbance: Disturbance, seed: int) -> None:
+        """Change cameras and lights until the next call.
+
+        Args:
+            disturbance: from the scene as it is.
+            seed: which way each camera is moved and turned.
+        """
+        import mujoco
+
+        model = self._env.env.sim.model._model
+        for name, value in self._undisturbed.items():
+            getattr(model, name)[:] = value
+        rng = np.random.default_rng(seed)
+        for name in self.cameras:
+            camera = model.camera(CAMERAS[name])
+            camera.pos[:] += disturbance.camera_m * _direction(rng)
+            turn, before = np.zeros(4), camera.quat.copy()
+            mujoco.mju_axisAngle2Quat(turn, _direction(rng), disturbance.camera_rad)
+            mujoco.mju_mulQuat(camera.quat, turn, before)
+        for name in LIGHTS:
+            getattr(model, name)[:] *= disturbance.light
+        for name, value in self._headlight.items():
+            getattr(model.vis.headlight, name)[:] = value * disturbance.light
+
     def pixels(self, names: Sequence[str]) -> np.ndarray:
         """Where objects and regions appear in the images of this state.
 
@@ -280,6 +307,11 @@ class LiberoEnv:
         camera = model.camera(CAMERAS['overhead'])
         camera.fovy[:] = OVERHEAD_FOVY_DEG[arena]
         camera.pos[:2] = OVERHEAD_CENTRE[arena]
+        self._undisturbed = {
+            name: getattr(model, name).copy() for name in ('cam_pos', 'cam_quat', *LIGHTS)
+        }
+        lamp = model.vis.headlight
+        self._headlight = {name: getattr(lamp, name).copy() for name in HEADLIGHT}
 
     def _place(self, layout: Mapping[str, np.ndarray]) -> None:
         sim = self._env.env.sim
@@ -336,6 +368,12 @@ class LiberoEnv:
             hand_xyzw=seen['robot0_eef_quat'],
             places=places,
         )
+
+
+def _direction(rng: np.random.Generator) -> np.ndarray:
+    """[3] of length 1, any way."""
+    vector = rng.normal(size=3)
+    return vector / np.linalg.norm(vector)
 
 
 def check_cameras(names: Sequence[str]) -> None:
