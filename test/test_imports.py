@@ -44,7 +44,7 @@ def test_dependencies_point_inward(path):
     if where[0] not in ('ros', 'cli'):
         assert not uses(names, 'specprune_ros.ros')
     if where[0] == 'ros' and where[-1] not in (
-        'conversions.py', 'vla_node.py', 'streamer_node.py', 'replay_node.py', 'demo.py',
+        'conversions.py', 'vla_node.py', 'streamer_node.py', 'replay_node.py', 'demo_watch.py',
         'tasks.py', 'vla_inputs.py', 'vla_model.py', 'vla_outputs.py',
         'vla_pipeline.py', 'cloud_node.py',
     ):  # fmt: skip
