@@ -344,6 +344,7 @@ class PruneConfig:
         'query again at once when motion turns fine within a chunk; the paper is silent, and it '
         'changes the query rate',
     )
+    seed: int = setting(0, 'of what the method `random` draws', low=0, high=2**31 - 1)
     dense_every: int = setting(
         0, 'compute every n-th query of an episode dense; 0: only the first', low=0, high=10**6
     )

@@ -141,6 +141,46 @@ class TestContract:
         assert np.array_equal(got.chunk.data, expected.chunk.data)
 
 
+# Controls ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('budget', ['union', 'fixed'])
+@pytest.mark.parametrize('method', ['random', 'uniform'])
+def test_controls_keep_as_many_as_specprune_would(policy, method, budget):
+    counts = {}
+    for name in ('specprune', method):
+        policy.set_pruning(PruneConfig(method=name, budget=budget))
+        policy.reset()
+        counts[name] = run_queries(policy, 2)[1].report  # the same memory: the first one is dense
+    ours, theirs = counts[method], counts['specprune']
+    assert ours.tokens_static.tolist() == theirs.tokens_static.tolist()
+    assert ours.layer_tokens.tolist() == theirs.layer_tokens.tolist()
+    kept = (ours.pruned_after_layer == 0) & (theirs.pruned_after_layer == 0)
+    assert kept.sum() < 0.7 * ours.tokens_kept.sum(), 'chosen without looking'
+
+
+def test_random_patches_differ_by_query_and_seed(policy):
+    def kept(seed: int) -> list[np.ndarray]:
+        policy.set_pruning(PruneConfig(method='random', seed=seed))
+        policy.reset()
+        return [result.report.pruned_after_layer == 0 for result in run_queries(policy)[1:]]
+
+    first, again, other = kept(0), kept(0), kept(1)
+    assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not np.array_equal(first[0], first[1])
+    assert not np.array_equal(first[0], other[0])
+
+
+def test_uniform_patches_are_even_in_both_directions(policy):
+    policy.set_pruning(PruneConfig(method='uniform', budget='fixed', dynamic=False))
+    policy.reset()
+    report = run_queries(policy)[-1].report
+    grid = (report.pruned_after_layer == 0).reshape(2, 16, 16)[0]
+    quarters = grid.reshape(4, 4, 4, 4).sum(axis=(1, 3))
+    assert quarters.max() - quarters.min() <= 1
+    assert quarters.min() > 2
+
+
 # SpecPrune -----------------------------------------------------------------------------------
 
 

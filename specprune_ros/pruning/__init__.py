@@ -5,9 +5,12 @@ from __future__ import annotations
 from specprune_ros.config import PruneConfig
 from specprune_ros.errors import ConfigError
 from specprune_ros.pruning.base import KeepAll, PruneMethod
+from specprune_ros.pruning.controls import RandomPatches, UniformPatches
 from specprune_ros.pruning.specprune import SpecPrune
 
-METHODS: dict[str, type[PruneMethod]] = {method.name: method for method in (KeepAll, SpecPrune)}
+METHODS: dict[str, type[PruneMethod]] = {
+    method.name: method for method in (KeepAll, SpecPrune, RandomPatches, UniformPatches)
+}
 
 
 def make_method(config: PruneConfig) -> PruneMethod:

@@ -91,11 +91,11 @@ def run(arguments: argparse.Namespace, console: Console) -> list[str]:
         'instruction': arguments.instruction,
     }
     out = arguments.out
+    rclpy.init(args=[], signal_handler_options=SignalHandlerOptions.NO)
     processes = {
         'vla_node': start('vla_node', out, '--ros-args', '--params-file', str(params)),
         'replay_node': start('replay_node', out, *ros_arguments(replay)),
     }
-    rclpy.init(args=[], signal_handler_options=SignalHandlerOptions.NO)
     problems = []
     try:
         watcher = Watcher(log, config.robot.camera_names)

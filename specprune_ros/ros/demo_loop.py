@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -182,11 +183,13 @@ def run(arguments: argparse.Namespace, console: Console) -> list[str]:
     """Run the demo; returns what went wrong."""
     if arguments.episodes < 1:
         raise ConfigError('--episodes', arguments.episodes, 'must be at least 1')
+    if not shutil.which(arguments.sim_python):
+        raise ConfigError('--sim-python', arguments.sim_python, 'no such program')
     config = load_config(params_of(arguments))
     out = arguments.out
     log = RunLog(out, video=True, fps=config.runtime.query_rate_hz)
-    processes = {} if arguments.attach else start_nodes(arguments, out)
     rclpy.init(args=[], signal_handler_options=SignalHandlerOptions.NO)
+    processes = {} if arguments.attach else start_nodes(arguments, out)
     problems, episodes = [], []
     try:
         driver = Driver(log, config.robot.camera_names)
