@@ -44,6 +44,8 @@ CEILING = {
     ('specprune', DENSE): 703,
     ('specprune', FINE): 838,
     ('specprune', COARSE): 838,
+    ('random', COARSE): 970,
+    ('uniform', COARSE): 1100,
 }
 VIEWS = {
     'prim.device',

@@ -1,22 +1,26 @@
 """Controls for SpecPrune-VLA: they keep as many patches as it would, chosen without looking.
 
-A setting in which these do as well does not measure what a method chooses. No graph can record
-them, and their speed means nothing: they score as SpecPrune does, to know how many it would keep.
+A setting in which these do as well does not measure what a method chooses. They score as SpecPrune
+does, to know how many it would keep, so their speed says nothing.
 """
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 import torch
 from torch import Tensor
 
-from specprune_ros.config import PruneConfig
 from specprune_ros.pruning.base import QueryContext
 from specprune_ros.pruning.specprune import SpecPrune, SpecPruneRun
 from specprune_ros.types import Reason
 
+MIX = (0x85EBCA6B, 0xC2B2AE35)  # odd factors of the 32-bit finalizer of MurmurHash3
+WORD = 0xFFFFFFFF
+
 
 class BlindRun(SpecPruneRun):
-    """SpecPrune's schedule and counts, per camera in static and in all in dynamic pruning."""
+    """SpecPrune's schedule and counts: per camera in static, in all in dynamic pruning."""
 
     def order(self, patches: Tensor) -> Tensor:
         """Which of these to keep first.
@@ -25,28 +29,27 @@ class BlindRun(SpecPruneRun):
             patches: [n] ascending visual_idx.
 
         Returns:
-            [n] rank of each; the lowest stay.
+            [n] the lowest stay.
         """
         raise NotImplementedError
 
     def _select_static(self) -> Tensor:
-        patches = self._shape[1]
-        counts = torch.bincount(super()._select_static() // patches, minlength=self._shape[0])
-        every = torch.arange(patches, device=self._gone.device)
-        keep = torch.cat(
-            [
-                self._first(camera * patches + every, count)
-                for camera, count in enumerate(counts.tolist())
-            ]
-        )
+        cameras, patches = self._shape
+        would = super()._select_static()
+        if self._budget == 'fixed':
+            counts = [len(would) // cameras] * cameras
+        else:
+            counts = torch.bincount(would // patches, minlength=cameras).tolist()
+        every = torch.arange(cameras * patches, device=would.device).view(cameras, patches)
+        keep = torch.cat([self._first(*each) for each in zip(every, counts, strict=True)])
         self._reason = torch.zeros_like(self._reason)
-        self._reason.view(-1)[keep] = int(Reason.FILL)
+        self._reason.view(-1).index_fill_(0, keep, int(Reason.FILL))
         return keep
 
     def _select_dynamic(self, alive: Tensor) -> Tensor:
         keep = self._first(alive, len(super()._select_dynamic(alive)))
         # The scores that are left belong to what SpecPrune would have kept.
-        self._ema = torch.zeros(len(keep), device=keep.device)
+        self._ema = torch.zeros_like(self._ema)
         return keep
 
     def _first(self, patches: Tensor, count: int) -> Tensor:
@@ -54,15 +57,19 @@ class BlindRun(SpecPruneRun):
 
 
 class RandomRun(BlindRun):
-    """Drawn anew in every query."""
+    """Drawn anew in every query.
 
-    def __init__(self, config: PruneConfig, context: QueryContext, *, dense: bool = False):
-        super().__init__(config, context, dense=dense)
-        self._generator = torch.Generator().manual_seed(config.seed * 1_000_003 + context.query)
+    A hash of the seed and of the last bits of the patches' scores: other images give other draws,
+    the same ones the same draw, and no generator is needed on the device.
+    """
 
     def order(self, patches: Tensor) -> Tensor:
         """Any order."""
-        return torch.rand(len(patches), generator=self._generator).to(patches.device)
+        bits = self._local_score.flatten()[patches].contiguous().view(torch.int32).long()
+        word = (bits + (patches + 1) * MIX[0] + self._config.seed) & WORD
+        for factor in MIX:
+            word = ((word ^ word >> 16) * factor) & WORD
+        return word ^ word >> 16
 
 
 class UniformRun(BlindRun):
@@ -79,7 +86,15 @@ class UniformRun(BlindRun):
         return rank
 
 
-class RandomPatches(SpecPrune):
+class _Control(SpecPrune):
+    """A method with SpecPrune's course and another choice."""
+
+    def graph_key(self, context: QueryContext) -> Hashable | None:
+        """SpecPrune's: its counts are the control's."""
+        return SpecPrune(self.config).graph_key(context)
+
+
+class RandomPatches(_Control):
     """`random`: as many patches as SpecPrune would keep, drawn."""
 
     name = 'random'
@@ -89,7 +104,7 @@ class RandomPatches(SpecPrune):
         return RandomRun(self.config, context)
 
 
-class UniformPatches(SpecPrune):
+class UniformPatches(_Control):
     """`uniform`: as many patches as SpecPrune would keep, evenly spread."""
 
     name = 'uniform'
