@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections import deque
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -32,6 +33,7 @@ from specprune_ros.sim.layouts import (
     render_layouts,
 )
 from specprune_ros.sim.placement import draw_layout, seed_stream, stand_apart
+from specprune_ros.sim.rollouts import roll_out
 from specprune_ros.sim.simplify import cluster_faces
 from specprune_ros.sim.state import ACTION_NAMES, JOINTS, PROPRIO_NAMES, SimState
 from specprune_ros.sim.summary import summarize, wilson_interval
@@ -477,8 +479,9 @@ class TestStillScenes:
         hand, turn = draw_hand(places, rng)
         assert np.abs(turn).max() < 0.3
         if hand[2] < 0.11:
-            gaps = np.array([np.linalg.norm(point[:2] - hand[:2]) for point in places.values()])
-            assert ((gaps < 0.02) | (gaps > 0.07)).all()
+            gaps = np.abs([point[:2] - hand[:2] for point in places.values()])
+            between_fingers = (gaps < (0.045, 0.02)).all(axis=1)
+            assert (between_fingers | (np.linalg.norm(gaps, axis=1) > 0.07)).all()
 
     def test_a_second_run_makes_only_what_is_missing(self, tmp_path, monkeypatch):
         made = []
@@ -593,6 +596,19 @@ class Scripted:
         return action.stamp_ns // 50_000_000 in self.replan_at
 
 
+class CrowdedWorld(World):
+    """With all objects of the shuffled tasks."""
+
+    def reset(self, seed: int, split: str = 'eval') -> SimState:
+        super().reset(seed, split)
+        others = [name for name in SHUFFLE.objects if name not in self._places]
+        self._places |= {name: np.array([0.1, 0.05 * i, 0.0]) for i, name in enumerate(others)}
+        return self._state()
+
+    def pixels(self, names) -> np.ndarray:
+        return np.zeros((2, len(names), 2))
+
+
 ROBOT = RobotConfig(camera_names=('wrist', 'side'), horizon=4)
 
 
@@ -636,6 +652,19 @@ class TestClosedLoop:
         task = LiberoTask(world, policy.config.robot)
         assert list(task.run(policy, 0)) == [{'success': 0.0, 'steps': 9.0}]
         assert policy.epoch == 2
+
+    def test_a_policy_s_own_episode_becomes_still_scenes_until_it_lifts_something(self):
+        world, policy = CrowdedWorld(), Scripted(None, horizon=1)
+        policy.world, policy.config = world, SimpleNamespace(robot=ROBOT)
+        kept = roll_out(world, policy, layout_recipe(), seed=5, every=3)
+        assert world.resets == [(5, 'train')], 'held-out episodes are not learnt from'
+        lifted = world._step
+        assert len(kept.images) == 1 + (lifted - 1) // 3
+        heights = kept.places[:, kept.place_names == world.skill.pick, 2]
+        assert np.ptp(heights) < 0.005
+        assert kept.pixels.shape == (len(kept.images), 2, 7, 2)
+        assert kept.proprio.shape == (len(kept.images), len(PROPRIO_NAMES))
+        assert not np.array_equal(kept.proprio[0], kept.proprio[-1])
 
     @pytest.mark.parametrize(
         'change',

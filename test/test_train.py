@@ -108,7 +108,7 @@ def folders(tmp_path_factory):
 def data_config(root, **changes) -> DataConfig:
     values = {
         'demos': (str(root / 'demos'),),
-        'layouts': str(root / 'layouts'),
+        'layouts': (str(root / 'layouts'),),
         'gate': str(root / 'gate'),
     }
     return DataConfig(**{**values, **changes})

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from specprune_ros.sim.dataset import Attempt, Recipe
+    from specprune_ros.sim.layouts import LayoutRecipe
 
 WIDTH = 100  # columns where the output is no terminal
 
@@ -67,6 +68,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         '--split', default='train', help='with --layouts: train, or eval for held-out scenes'
     )
     parser.add_argument(
+        '--rollouts',
+        metavar='CHECKPOINT',
+        help='instead: still scenes from episodes of this policy, until an object is lifted',
+    )
+    parser.add_argument(
         '--noisy-share', type=float, default=0.7, help='share of the episodes that have noise'
     )
 
@@ -87,7 +93,10 @@ def run(arguments: argparse.Namespace) -> int:
     columns = (TextColumn('{task.description}'), BarColumn(), MofNCompleteColumn(), TimeLeft())
     if arguments.layouts:
         return run_layouts(arguments, workers, console, Progress(*columns, console=console))
-    jobs = jobs_of(arguments.task or list(SKILLS), at_least('episodes', arguments.episodes, 1))
+    episodes = at_least('episodes', arguments.episodes, 1)
+    if arguments.rollouts:
+        return run_rollouts(arguments, workers, console, Progress(*columns, console=console))
+    jobs = jobs_of(arguments.task or list(SKILLS), episodes)
     recipe = recipe_from(arguments)
     attempts: list[Attempt] = []
     with Progress(*columns, console=console) as progress:
@@ -105,20 +114,9 @@ def run_layouts(
     arguments: argparse.Namespace, workers: int, console: Console, progress: Progress
 ) -> int:
     """Collect still scenes instead of episodes."""
-    from specprune_ros.sim.layouts import SHARD, LayoutRecipe, collect_layouts
-    from specprune_ros.sim.libero import DETAIL_M, SPLITS, check_cameras
-    from specprune_ros.sim.state import PROPRIO_NAMES
+    from specprune_ros.sim.layouts import SHARD, collect_layouts
 
-    check_cameras(arguments.camera)
-    if arguments.split not in SPLITS:
-        raise ConfigError('--split', arguments.split, f'must be one of {", ".join(SPLITS)}')
-    recipe = LayoutRecipe(
-        cameras=tuple(arguments.camera),
-        size=at_least('size', arguments.size, 14),
-        split=arguments.split,
-        detail_m=DETAIL_M,
-        proprio_names=PROPRIO_NAMES,
-    )
+    recipe = layout_recipe_from(arguments)
     count = at_least('layouts', arguments.layouts, 1)
     with progress:
         bar = progress.add_task('still scenes', total=SHARD * math.ceil(count / SHARD))
@@ -126,6 +124,55 @@ def run_layouts(
             progress.update(bar, advance=some)
     console.print(f'written to {arguments.out}')
     return 0
+
+
+def run_rollouts(
+    arguments: argparse.Namespace, workers: int, console: Console, progress: Progress
+) -> int:
+    """Collect still scenes from a policy's episodes."""
+    from specprune_ros.sim.closed_loop import check_robot
+    from specprune_ros.sim.rollouts import collect_rollouts, policy_config
+    from specprune_ros.sim.tasks import SHUFFLED, WANTED
+
+    tasks = arguments.task or [f'{SHUFFLED}/{index}' for index in range(len(WANTED))]
+    for name in tasks:
+        if not name.startswith(f'{SHUFFLED}/'):
+            raise ConfigError('--task', name, f'only {SHUFFLED} has still scenes')
+    check_robot(policy_config(arguments.rollouts).robot)
+    jobs, frames = [(name, seed) for name in tasks for seed in range(arguments.episodes)], 0
+    recipe = layout_recipe_from(arguments)
+    every = at_least('every', arguments.every, 1)
+    with progress:
+        bar = progress.add_task('episodes', total=len(jobs))
+        for some in collect_rollouts(
+            arguments.out, recipe, arguments.rollouts, jobs, every=every, workers=workers
+        ):
+            frames += some
+            progress.update(bar, advance=1, description=f'episodes, {frames} new frames')
+    console.print(f'written to {arguments.out}')
+    return 0
+
+
+def layout_recipe_from(arguments: argparse.Namespace) -> LayoutRecipe:
+    """The recipe of still scenes that the arguments name.
+
+    Raises:
+        ConfigError: a value is bad.
+    """
+    from specprune_ros.sim.layouts import LayoutRecipe
+    from specprune_ros.sim.libero import DETAIL_M, SPLITS, check_cameras
+    from specprune_ros.sim.state import PROPRIO_NAMES
+
+    check_cameras(arguments.camera)
+    if arguments.split not in SPLITS:
+        raise ConfigError('--split', arguments.split, f'must be one of {", ".join(SPLITS)}')
+    return LayoutRecipe(
+        cameras=tuple(arguments.camera),
+        size=at_least('size', arguments.size, 14),
+        split=arguments.split,
+        detail_m=DETAIL_M,
+        proprio_names=PROPRIO_NAMES,
+    )
 
 
 def recipe_from(arguments: argparse.Namespace) -> Recipe:

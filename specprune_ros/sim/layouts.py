@@ -39,12 +39,15 @@ from specprune_ros.sim.tasks import BASKET, SHUFFLE, SHUFFLED, SKILLS, WANTED, S
 FORMAT = 1
 RECIPE = 'layouts.json'
 SHARD = 200  # scenes of one file
-# Half of the hands are near an object that can be named, as at the end of a reach.
-NEAR_SHARE, NEAR_M = 0.5, 0.03
+# Hands above an object that can be named, as at the end of a reach; and beside its grasp along x,
+# as at the end of a bad one: open fingers pass an object at its sides.
+NEAR_SHARE, NEAR_M = 0.3, 0.03
+LOW_SHARE, LOW_M = 0.3, (0.035, 0.005, 0.06)  # along x at most, along y, above the grasp at most
 WORK_LOW, WORK_HIGH = (-0.27, -0.32, 0.12), (0.17, 0.28, 0.30)  # of the other hands, m
 TURN_RAD = 0.03
 FINGERS_M = (0.036, 0.0405)
-STRADDLE_M, CLEAR_M, TALL_M = 0.016, 0.075, 0.17  # of a low hand to the objects around it
+STRADDLE_M = (0.04, 0.016)  # from a low hand to the object between its fingers, along x and y
+CLEAR_M, TALL_M = 0.075, 0.17  # of a low hand to the objects around it; above this it is not low
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,9 +83,10 @@ def draw_hand(
         [3] m; [3] rad, its turn from straight down.
     """
     while True:
-        hand = rng.uniform(WORK_LOW, WORK_HIGH)
-        if rng.random() < NEAR_SHARE:
-            hand = _near(places, SKILLS[f'{SHUFFLED}/{rng.integers(len(WANTED))}'], rng)
+        hand, kind = rng.uniform(WORK_LOW, WORK_HIGH), rng.random()
+        if kind < NEAR_SHARE + LOW_SHARE:
+            skill = SKILLS[f'{SHUFFLED}/{rng.integers(len(WANTED))}']
+            hand = (_near if kind < NEAR_SHARE else _low)(places, skill, rng)
         if _fits(hand, places):
             return hand, rng.normal(0.0, TURN_RAD, 3)
 
@@ -95,15 +99,23 @@ def _near(places: Mapping[str, np.ndarray], skill: Skill, rng: np.random.Generat
     return np.array([*(grasp[:2] + rng.normal(0.0, spread, 2)), height])
 
 
+def _low(places: Mapping[str, np.ndarray], skill: Skill, rng: np.random.Generator) -> np.ndarray:
+    grasp = places[skill.pick] + np.array(skill.grasp)
+    aside, across, above = LOW_M
+    offset = rng.uniform(-aside, aside), rng.normal(0.0, across), rng.uniform(0.0, above)
+    return grasp + np.array(offset)
+
+
 def _fits(hand: np.ndarray, places: Mapping[str, np.ndarray]) -> bool:
     """Whether a low hand stands over one object, and beside all others."""
     if hand[2] > TALL_M:
         return True
-    gaps = [np.linalg.norm(places[name][:2] - hand[:2]) for name in SHUFFLE.objects]
-    within = [name for name, gap in zip(SHUFFLE.objects, gaps, strict=True) if gap < CLEAR_M]
-    if any(name not in WANTED for name in within):
+    offsets = np.array([places[name][:2] - hand[:2] for name in SHUFFLE.objects])
+    near = np.linalg.norm(offsets, axis=1) < CLEAR_M
+    if any(near[i] for i, name in enumerate(SHUFFLE.objects) if name not in WANTED):
         return False
-    return all(gap < STRADDLE_M or gap > CLEAR_M or hand[2] > 0.11 for gap in gaps)
+    over = (np.abs(offsets) < STRADDLE_M).all(axis=1)
+    return bool((over | ~near).all() or hand[2] > 0.11)
 
 
 def render_layouts(env: LiberoEnv, recipe: LayoutRecipe, seeds: Sequence[int]) -> Layouts:
@@ -147,7 +159,7 @@ def collect_layouts(
     Raises:
         ConfigError: the folder holds something else; see also LiberoEnv.
     """
-    _open(folder, recipe)
+    open_layouts(folder, recipe)
     firsts = range(0, count, SHARD)
     todo = [first for first in firsts if not _shard_path(folder, first).exists()]
     yield SHARD * (len(firsts) - len(todo))
@@ -195,7 +207,13 @@ def read_layout_recipe(folder: Path) -> LayoutRecipe:
         raise RecordingError(folder, f'holds no layouts: {error}') from error
 
 
-def _open(folder: Path, recipe: LayoutRecipe) -> None:
+def open_layouts(folder: Path, recipe: LayoutRecipe) -> None:
+    """Make a folder, or see that it is of this recipe.
+
+    Raises:
+        ConfigError: it is of another one.
+        RecordingError: it is broken.
+    """
     path = folder / RECIPE
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -211,13 +229,17 @@ def _shard_path(folder: Path, first: int) -> Path:
 def _write_shard(folder: Path, recipe: LayoutRecipe, first: int) -> int:
     env = _environment(recipe.cameras, recipe.size, recipe.detail_m)
     layouts = render_layouts(env, recipe, range(first, first + SHARD))
-    path = _shard_path(folder, first)
+    write_shard(_shard_path(folder, first), layouts)
+    return SHARD
+
+
+def write_shard(path: Path, layouts: Layouts) -> None:
+    """Write scenes at once or not at all."""
     partial = path.with_suffix('.partial')
     with partial.open('wb') as file:
         # Not compressed: it would save 40 %, and reading would take as long as many steps.
         np.savez(file, **{f.name: getattr(layouts, f.name) for f in dataclasses.fields(Layouts)})
     os.replace(partial, path)
-    return SHARD
 
 
 @functools.lru_cache(maxsize=1)

@@ -15,7 +15,9 @@ class DataConfig:
     """What is learnt from."""
 
     demos: tuple[str, ...] = setting((), 'folders of demonstrations, from `specprune collect`')
-    layouts: str = setting('', 'folder of still scenes, from `specprune collect --layouts`')
+    layouts: tuple[str, ...] = setting(
+        (), 'folders of still scenes, from `specprune collect --layouts` and `--rollouts`'
+    )
     gate: str = setting('', 'folder of held-out still scenes')
     tasks: tuple[str, ...] = setting(
         ('object_shuffled/0', 'object_shuffled/1', 'object_shuffled/2', 'object_shuffled/3'),

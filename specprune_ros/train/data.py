@@ -90,7 +90,8 @@ def load_training_set(config: DataConfig) -> TrainingSet:
         RecordingError: a file cannot be read.
     """
     reader = _Reader(config)
-    layouts, gate = reader.layouts(config.layouts), reader.layouts(config.gate)
+    layouts = _join([reader.layouts(folder) for folder in config.layouts])
+    gate = reader.layouts(config.gate)
     demos = [reader.demo(e) for folder in config.demos for e in episodes(Path(folder))]
     demos = [frames for frames in demos if frames is not None]
     if not demos:
@@ -120,12 +121,16 @@ class _Reader:
     def __init__(self, config: DataConfig):
         self.config = config
         self.skills = [_skill(name) for name in config.tasks]
-        recipe = read_layout_recipe(Path(config.layouts))
+        if not config.layouts:
+            raise ConfigError('data.layouts', (), 'names no folder')
+        recipe = read_layout_recipe(Path(config.layouts[0]))
         self.cameras, self.size = recipe.cameras, recipe.size
         self.names = recipe.proprio_names
         for folder in config.demos:
             self._check('data.demos', folder, read_recipe(Path(folder)))
-        self._check('data.gate', config.gate, read_layout_recipe(Path(config.gate)))
+        for field, folders in (('layouts', config.layouts[1:]), ('gate', (config.gate,))):
+            for folder in folders:
+                self._check(f'data.{field}', folder, read_layout_recipe(Path(folder)))
         unknown = [name for name in config.proprio if name not in self.names]
         if unknown:
             raise ConfigError('data.proprio', unknown, f'the data have {list(self.names)}')
@@ -138,7 +143,8 @@ class _Reader:
         for name in ('cameras', 'size', 'proprio_names'):
             wanted = {'cameras': self.cameras, 'size': self.size, 'proprio_names': self.names}
             if getattr(recipe, name) != wanted[name]:
-                why = f'has {name} {getattr(recipe, name)}, data.layouts has {wanted[name]}'
+                other = f'the first of data.layouts has {wanted[name]}'
+                why = f'has {name} {getattr(recipe, name)}, {other}'
                 raise ConfigError(field, folder, why)
 
     def layouts(self, folder: str) -> Frames:
