@@ -7,7 +7,8 @@ fails under NumPy 2 and misreads padded rows.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -187,7 +188,26 @@ def _opencv():
     return cv2
 
 
-CameraImage = RawImage | CompressedImage
+@dataclass(eq=False)
+class LateImage:
+    """An image that is made when somebody asks for it, once.
+
+    Args:
+        make: gives [rows, cols, 3] uint8.
+    """
+
+    make: Callable[[], np.ndarray]
+    _made: np.ndarray | None = field(default=None, init=False)
+
+    def rgb(self) -> np.ndarray:
+        """[rows, cols, 3] uint8."""
+        if self._made is None:
+            self._made = self.make()
+            del self.make  # and with it whatever the image is made from
+        return self._made
+
+
+CameraImage = RawImage | CompressedImage | LateImage
 
 
 def as_rgb(image: np.ndarray | CameraImage) -> np.ndarray:

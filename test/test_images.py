@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from specprune_ros.errors import ObservationError
-from specprune_ros.images import ENCODINGS, CompressedImage, RawImage, as_rgb
+from specprune_ros.images import ENCODINGS, CompressedImage, LateImage, RawImage, as_rgb
 
 FIELD = 'cameras/wrist'
 BYTES = {'rgba8': 4, 'bgra8': 4, 'rgb8': 3, 'bgr8': 3, '8UC3': 3, 'mono8': 1, '8UC1': 1}
@@ -150,6 +150,14 @@ def test_rgb8_is_a_view_of_the_buffer(buffer, padding):
     got = raw_image('rgb8', rgb, padding, data=data).rgb()
     assert np.shares_memory(got, np.frombuffer(data, np.uint8))
     np.testing.assert_array_equal(got, rgb)
+
+
+def test_a_late_image_is_made_when_it_is_looked_at_and_once():
+    made = []
+    late = LateImage(lambda: made.append(1) or np.full((2, 2, 3), len(made), np.uint8))
+    assert not made
+    assert late.rgb() is as_rgb(late)
+    assert late.rgb().max() == 1
 
 
 def test_as_rgb_takes_arrays_and_images():

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from specprune_ros.cli import main
 from specprune_ros.config import RobotConfig
 from specprune_ros.errors import ConfigError, MissingDependencyError, RecordingError
+from specprune_ros.images import as_rgb
 from specprune_ros.sim import collect as collecting
 from specprune_ros.sim import dataset
 from specprune_ros.sim import layouts as scenes
@@ -592,7 +593,7 @@ class Scripted:
 
     def observe_executed(self, action, images=None):
         self.log.append(('executed', action.stamp_ns // 50_000_000))
-        self.image = images['wrist']
+        self.image = as_rgb(images['wrist'])
         return action.stamp_ns // 50_000_000 in self.replan_at
 
 
@@ -808,6 +809,16 @@ class TestSimulator:
         assert not np.allclose(drawn.places['plate_1'], state.places['plate_1'], atol=1e-4)
         official.close()
         official.close()
+
+    def test_an_image_that_is_rendered_later_is_the_one_of_its_step(self, env):
+        env.reset(0)
+        late, now = env.late_images(), env.images()
+        for _ in range(5):
+            env.step(np.array([1.0, 0.0, -1.0, 0.0, 0.0, 0.0, 1.0]))
+        after = env.images()
+        for name, image in late.items():
+            assert np.array_equal(image.rgb(), now[name])
+            assert not np.array_equal(image.rgb(), after[name])
 
     def test_a_disturbed_scene_looks_different_until_it_is_set_right(self, env):
         env.reset(0)

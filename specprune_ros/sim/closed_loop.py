@@ -7,6 +7,7 @@ import math
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 
 import numpy as np
@@ -14,6 +15,7 @@ import numpy as np
 from specprune_ros.ablation.task import Driven
 from specprune_ros.config import RobotConfig
 from specprune_ros.errors import ConfigError
+from specprune_ros.images import CameraImage, LateImage, as_rgb
 from specprune_ros.sim.libero import LiberoEnv, check_cameras
 from specprune_ros.sim.state import ACTION_NAMES, STEP_NS, check_names
 from specprune_ros.types import ActionSpace, ExecutedAction, Observation
@@ -102,7 +104,7 @@ class LiberoTask:
         observation = self.env.observation(self.robot.joint_names)
         rotations = self.robot.per_camera('camera_rotations')
         images = {
-            name: image[::-1] if rotations[name] else image
+            name: LateImage(partial(_mirrored, image)) if rotations[name] else image
             for name, image in observation.images.items()
         }
         return dataclasses.replace(observation, images=images)
@@ -117,6 +119,10 @@ class LiberoTask:
             frame_id=self.robot.frame_id,
             step_dt_s=self.robot.step_dt_s,
         )
+
+
+def _mirrored(image: np.ndarray | CameraImage) -> np.ndarray:
+    return as_rgb(image)[::-1]
 
 
 def check_robot(robot: RobotConfig) -> None:

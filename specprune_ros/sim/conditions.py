@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 
 from specprune_ros.errors import ConfigError
-from specprune_ros.images import CameraImage, as_rgb
+from specprune_ros.images import CameraImage, LateImage, as_rgb
 from specprune_ros.sim.tasks import GREY, SHUFFLED, WANTED, WITHHELD, find_task
 from specprune_ros.types import Observation
 
@@ -57,7 +57,10 @@ class Condition:
         """The images as the policy gets them."""
         if self.image is None:
             return images
-        return {name: self.image(as_rgb(image)) for name, image in images.items()}
+        return {
+            name: LateImage(lambda image=image: self.image(as_rgb(image)))
+            for name, image in images.items()
+        }
 
     def given(self, observation: Observation, task: str) -> Observation:
         """The observation as the policy gets it.

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib
 import io
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from specprune_ros.errors import ConfigError, MissingDependencyError
+from specprune_ros.images import LateImage
 from specprune_ros.sim.conditions import Disturbance
 from specprune_ros.sim.expert import straightening
 from specprune_ros.sim.kinematics import project, rotation_about, solve_hand
@@ -261,21 +264,29 @@ class LiberoEnv:
         Raises:
             ConfigError: MuJoCo cannot render on this machine as it is set up.
         """
+        return {name: self._render(self._data, name) for name in self.cameras}
+
+    def late_images(self) -> dict[str, LateImage]:
+        """The same images, each rendered when it is asked for, be it after later steps."""
+        data = copy.copy(self._data)
+        return {name: LateImage(partial(self._render, data, name)) for name in self.cameras}
+
+    @property
+    def _data(self) -> Any:
+        return self._env.env.sim.data._data
+
+    def _render(self, data: Any, camera: str) -> np.ndarray:
         import mujoco
 
-        sim = self._env.env.sim
         if self._renderer is None:
-            self._renderer = _make_renderer(sim.model._model, self._size)
+            self._renderer = _make_renderer(self._env.env.sim.model._model, self._size)
         options = mujoco.MjvOption()
         options.geomgroup[0] = 0  # collision shapes
-        images = {}
-        for name in self.cameras:
-            self._renderer.update_scene(sim.data._data, CAMERAS[name], options)
-            images[name] = self._renderer.render()
-        return images
+        self._renderer.update_scene(data, CAMERAS[camera], options)
+        return self._renderer.render()
 
     def observation(self, joint_names: tuple[str, ...] = ()) -> Observation:
-        """What a policy may know of this step.
+        """What a policy may know of this step; images are rendered when it looks at them.
 
         Args:
             joint_names: elements of the proprioception, out of state.PROPRIO_NAMES.
@@ -284,7 +295,7 @@ class LiberoEnv:
             ConfigError: the robot has no such joint.
         """
         return Observation(
-            images=self.images(),
+            images=self.late_images(),
             proprio=self.state.proprio(joint_names),
             instruction=self.instruction,
             stamp_ns=self.state.step * STEP_NS,
