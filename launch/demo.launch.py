@@ -58,7 +58,7 @@ def setup(context: LaunchContext) -> list:
         parameters=[{'task': value['task'], 'size': 112, 'rate': float(value['rate'])}],
         output='screen',
     )
-    options = ('task', 'seed', 'episodes', 'out')
+    options = ('task', 'seed', 'episodes', 'rate', 'out')
     driver = Node(
         package='specprune_ros',
         executable='demo_loop',

@@ -22,8 +22,11 @@ python=$(.venv/bin/python -c 'import os, sys; print(os.path.realpath(sys._base_e
 version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 case $version in
   3.10 | 3.11) ;;
-  *) die "LIBERO's libraries need Python 3.10 or 3.11, and .venv has $version: name another in" \
-    'SPECPRUNE_PYTHON and run scripts/setup.sh again' ;;
+  *) [ -z "${ROS_DISTRO:-}" ] ||
+      die "LIBERO's libraries need Python 3.10 or 3.11, and the sourced ROS has $version: no" \
+        'simulator here'
+    die "LIBERO's libraries need Python 3.10 or 3.11, and .venv has $version: name another in" \
+      'SPECPRUNE_PYTHON and run this again' ;;
 esac
 mapfile -t requirements < <(.venv/bin/python -c "
 import importlib.metadata
@@ -45,7 +48,12 @@ if [ "$(cat .venv-sim/specprune_ros_stamp 2>/dev/null)" != "$wanted" ]; then
   printf '%s\n' "$root/.venv/$site" "$root" >".venv-sim/$site/specprune_ros.pth"
   cat >.venv-sim/bin/specprune <<EOF
 #!$root/.venv-sim/bin/python
+import os
+import pathlib
 import sys
+
+renderer = pathlib.Path(sys.prefix, 'specprune_ros_gl')
+os.environ.setdefault('MUJOCO_GL', renderer.read_text().strip())
 
 from specprune_ros.cli import main
 

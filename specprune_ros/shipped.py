@@ -18,13 +18,16 @@ def shipped_names() -> list[str]:
 def find_checkpoint(name: str | Path) -> Path:
     """The folder that a name stands for: a path, or PREFIX and the name of a shipped one.
 
+    A file in a shipped folder may follow its name.
+
     Raises:
         CheckpointError: nothing of that name is shipped.
     """
     text = str(name)
     if not text.startswith(PREFIX):
         return Path(name).expanduser()
-    if text.removeprefix(PREFIX) not in shipped_names():
+    folder, _, file = text.removeprefix(PREFIX).partition('/')
+    if folder not in shipped_names() or '..' in file:
         known = ', '.join(PREFIX + one for one in shipped_names()) or 'nothing'
         raise CheckpointError(f'checkpoint {text}: this package ships {known}')
-    return FOLDER / text.removeprefix(PREFIX)
+    return FOLDER / folder / file

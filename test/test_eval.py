@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from test_sim import JOINTS, World
 
 from specprune_ros.cli import main
+from specprune_ros.cli.eval import digest_of
 from specprune_ros.config import PruneConfig
 from specprune_ros.errors import ConfigError, RecordingError
 from specprune_ros.images import as_rgb
@@ -76,6 +77,7 @@ def worlds(monkeypatch):
     def environment(task, cameras, size):
         world = World(task)
         world.task = dataclasses.replace(world.task, max_steps=12)
+        world.rendering_s = 0.0
         world.disturb = lambda disturbance, seed: world.__dict__.update(given=(disturbance, seed))
         ran.append(world)
         return world
@@ -149,7 +151,7 @@ class Listener:
 
     def infer(self, observation):
         self.seen = observation
-        return 'result'
+        return SimpleNamespace(report=SimpleNamespace(latency_total_s=0.05))
 
     def observe_executed(self, action, images=None):
         self.images = images
@@ -165,12 +167,18 @@ class TestConditions:
         observation = Observation(
             images={'side': self.IMAGE}, proprio=None, instruction='take it', stamp_ns=0
         )
-        assert policy.infer(observation) == 'result'
+        result = policy.infer(observation)
         policy.observe_executed(None, {'side': self.IMAGE})
-        assert policy.results == ['result']
+        assert policy.results == [result]
         policy.reset()
-        assert policy.results == []
+        assert policy.results == policy.seconds == []
         return listener
+
+    def test_rendering_is_no_latency(self):
+        spent = iter([1.0, 1.03])
+        policy = Conditioned(Listener(), 'normal', 'a/0', rendering_s=lambda: next(spent))
+        policy.infer(Observation(images={}, proprio=None, instruction='x', stamp_ns=0))
+        assert policy.seconds == pytest.approx([0.02])
 
     def test_normal_changes_nothing(self):
         listener = self.given('normal')
@@ -270,6 +278,10 @@ class TestEvaluate:
         with pytest.raises(RecordingError, match='damaged'):
             read_results(tmp_path)
 
+    def test_a_name_given_twice_counts_once(self):
+        jobs = evaluating.jobs_of([TASKS[0]] * 2, ['dense', 'specprune', 'dense'], 2)
+        assert len(jobs) == len(set(jobs)) == 4
+
     def test_an_official_task_has_fifty_episodes(self):
         with pytest.raises(ConfigError, match='50'):
             evaluating.jobs_of(['libero_goal/1'], ['dense'], 51)
@@ -316,6 +328,13 @@ class TestCommand:
         assert main(['eval', str(tmp_path), option, value, *out]) == 2
         assert why in capsys.readouterr().err
         assert not (tmp_path / 'x').exists()
+
+    def test_another_training_is_another_evaluation(self, tmp_path):
+        (tmp_path / 'model.safetensors').write_bytes(b'one')
+        before = digest_of(tmp_path)
+        assert before == digest_of(tmp_path)
+        (tmp_path / 'model.safetensors').write_bytes(b'two')
+        assert digest_of(tmp_path) != before
 
     def test_a_folder_without_parameters_is_named(self, tmp_path, capsys):
         assert main(['eval', str(tmp_path)]) == 2

@@ -159,6 +159,17 @@ def test_controls_keep_as_many_as_specprune_would(policy, method, budget):
     assert kept.sum() < 0.7 * ours.tokens_kept.sum(), 'chosen without looking'
 
 
+@pytest.mark.parametrize('method', ['random', 'uniform'])
+def test_controls_keep_as_many_in_every_query_of_a_fixed_budget(policy, method):
+    counts = []
+    for name in ('specprune', method):
+        policy.set_pruning(PruneConfig(method=name, budget='fixed'))
+        policy.reset()
+        reports = [result.report for result in run_queries(policy, 4)]
+        counts.append([report.layer_tokens.tolist() for report in reports])
+    assert counts[0] == counts[1]
+
+
 def test_random_patches_differ_by_query_and_seed(policy):
     def kept(seed: int) -> list[np.ndarray]:
         policy.set_pruning(PruneConfig(method='random', seed=seed))

@@ -830,11 +830,13 @@ class TestSimulator:
             return env.images()
 
         dark, moved = seen(Disturbance(light=0.5)), seen(Disturbance(camera_m=0.02))
-        turned = seen(Disturbance(camera_m=0.02), seed=1)
+        elsewhere = seen(Disturbance(camera_m=0.02), seed=1)
+        turned = seen(Disturbance(camera_rad=0.03))
         for name, image in before.items():
             assert dark[name].mean() < 0.8 * image.mean()
             assert not np.array_equal(moved[name], image)
-            assert not np.array_equal(moved[name], turned[name]), 'another way for another seed'
+            assert not np.array_equal(turned[name], image)
+            assert not np.array_equal(moved[name], elsewhere[name]), 'another way by another seed'
         again = seen(Disturbance())
         assert all(np.array_equal(again[name], image) for name, image in before.items())
 

@@ -92,9 +92,13 @@ def run(arguments: argparse.Namespace) -> int:
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
     columns = (TextColumn('{task.description}'), BarColumn(), MofNCompleteColumn(), TimeLeft())
     if arguments.layouts:
+        if arguments.rollouts:
+            raise ConfigError('--rollouts', arguments.rollouts, 'is another kind than --layouts')
         return run_layouts(arguments, workers, console, Progress(*columns, console=console))
     episodes = at_least('episodes', arguments.episodes, 1)
     if arguments.rollouts:
+        if arguments.split != 'train':
+            raise ConfigError('--split', arguments.split, 'a policy learns from its rollouts')
         return run_rollouts(arguments, workers, console, Progress(*columns, console=console))
     jobs = jobs_of(arguments.task or list(SKILLS), episodes)
     recipe = recipe_from(arguments)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -82,7 +83,7 @@ def run(arguments: argparse.Namespace) -> int:
     from rich.progress import Progress
 
     from specprune_ros.sim.comparison import compare
-    from specprune_ros.sim.evaluate import DENSE, evaluate, jobs_of
+    from specprune_ros.sim.evaluate import DENSE, evaluate, film_path, jobs_of
     from specprune_ros.sim.plots import plot_cells
     from specprune_ros.sim.tasks import SHUFFLED, WANTED
 
@@ -94,6 +95,9 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError('--workers', workers, f'this machine has {cores} cores')
     plan = plan_from(arguments)
     films = at_least('videos', arguments.videos, 0)
+    missing = [
+        job for job in jobs if job[2] < films and not film_path(arguments.out, job).exists()
+    ]
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
     results = []
     with Progress(console=console) as progress:
@@ -102,6 +106,11 @@ def run(arguments: argparse.Namespace) -> int:
             results.append(result)
             good = sum(one.success for one in results)
             progress.update(bar, advance=1, description=f'episodes, {good} solved')
+    unfilmed = sum(not film_path(arguments.out, job).exists() for job in missing)
+    if unfilmed:
+        console.print(
+            f'{unfilmed} episodes were run before without a video; another --out films them'
+        )
     order = {method: index for index, method in enumerate(methods)}
     cells = compare(sorted(results, key=lambda one: order[one.method]), methods[0])
     console.print(cell_table(cells, plan.condition))
@@ -122,8 +131,8 @@ def plan_from(arguments: argparse.Namespace) -> Plan:
     from specprune_ros.sim.conditions import CONDITIONS
     from specprune_ros.sim.evaluate import Plan
 
-    params = find_checkpoint(arguments.checkpoint) / PARAMS
-    if not params.is_file():
+    folder, name = find_checkpoint(arguments.checkpoint), f'{arguments.checkpoint}/{PARAMS}'
+    if not (folder / PARAMS).is_file():
         raise ConfigError('checkpoint', arguments.checkpoint, f'holds no {PARAMS}')
     if arguments.condition not in CONDITIONS:
         why = f'must be one of {", ".join(CONDITIONS)}'
@@ -131,12 +140,22 @@ def plan_from(arguments: argparse.Namespace) -> Plan:
     # One thread: workers share the machine, and a latency means something beside others.
     fixed = {'model.checkpoint': arguments.checkpoint, 'model.threads': 1}
     return Plan(
-        params=(str(params), *arguments.params),
+        params=(name, *arguments.params),
+        weights=digest_of(folder),
         overrides={**fixed, **overrides_from(arguments)},
         size=at_least('size', arguments.size, 14),
         condition=arguments.condition,
         open_loop_steps=at_least('open_loop_steps', arguments.open_loop_steps, 0),
     )
+
+
+def digest_of(folder: Path) -> str:
+    """SHA-256 of a folder's files, names and contents."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.iterdir() if path.is_file()):
+        digest.update(f'{path.name}\0{path.stat().st_size}\0'.encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def cell_table(cells: Sequence[Cell], condition: str) -> Table:

@@ -92,12 +92,11 @@ def run(arguments: argparse.Namespace, console: Console) -> list[str]:
     }
     out = arguments.out
     rclpy.init(args=[], signal_handler_options=SignalHandlerOptions.NO)
-    processes = {
-        'vla_node': start('vla_node', out, '--ros-args', '--params-file', str(params)),
-        'replay_node': start('replay_node', out, *ros_arguments(replay)),
-    }
-    problems = []
+    processes, problems = {}, []
     try:
+        own = ['--ros-args', '--params-file', str(params)]
+        for module, words in (('vla_node', own), ('replay_node', ros_arguments(replay))):
+            processes[module] = start(module, words, out=out)
         watcher = Watcher(log, config.robot.camera_names)
         vla = LifecycleClient(watcher, 'vla_node')
         vla.wait()
@@ -136,7 +135,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument('--chunks', type=int, default=20, help='how many to wait for')
     parser.add_argument('--params', action='append', help='parameter file; may be repeated')
     console = Console()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)
     try:
         problems = run(parser.parse_args(argv), console)
     except SpecPruneError as error:

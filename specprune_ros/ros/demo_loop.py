@@ -12,10 +12,10 @@ import argparse
 import json
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import rclpy
@@ -41,6 +41,7 @@ PARAMS = (f'robots/{MODEL}', f'models/{MODEL}', 'pruning/specprune', 'node', 'de
 SIZE = 112  # px, of the images that the model was trained on
 TIMEOUT_S = 90.0  # for each of the things that are waited for
 CALL_S = 30.0
+ENDS = ('success', 'failed')  # of an episode, by LIBERO's check and its step limit
 
 
 class Driver(Watcher):
@@ -56,12 +57,15 @@ class Driver(Watcher):
         self._cancel = self.create_client(Trigger, 'vla_node/cancel_task')
         self._enable = self.create_client(SetBool, 'action_streamer/enable')
 
-    def run_episode(self, seed: int, alive: Callable[[], str]) -> dict[str, object]:
+    def run_episode(
+        self, seed: int, alive: Callable[[], str], slowness: float = 1.0
+    ) -> dict[str, object]:
         """One episode from the simulator's reset to its verdict.
 
         Args:
             seed: of the initial state.
             alive: says which process is gone; '' while all run.
+            slowness: seconds per simulated second, where that is more than one.
 
         Returns:
             what `sim_node/episode` said last.
@@ -81,8 +85,11 @@ class Driver(Watcher):
             raise DemoError(f'sim_node does not begin: {answer.message}')
         self._wait(lambda: self.chunks > 0, 'a chunk of vla_node', alive)
         self._let_move(alive)
-        self._wait(lambda: self.episode.get('state') not in (None, 'running'), 'the end', alive)
+        going_on = (None, 'running')
+        self._wait(lambda: self.episode.get('state') not in going_on, 'the end', alive, slowness)
         self._call(self._enable, SetBool.Request(data=False))
+        if self.episode['state'] not in ENDS:
+            raise DemoError(f'sim_node is {self.episode["state"]}, see its log')
         return self.episode
 
     def _let_move(self, alive: Callable[[], str]) -> None:
@@ -97,10 +104,16 @@ class Driver(Watcher):
         try:
             self._wait(enabled, 'action_streamer to move the arm', alive)
         except DemoError as error:
-            raise DemoError(f'{error}: {answer.message}') from error
+            raise DemoError(f'{error}: {answer.message}' if answer else str(error)) from error
 
-    def _wait(self, is_so: Callable[[], bool], what: str, alive: Callable[[], str]) -> None:
-        end = time.monotonic() + TIMEOUT_S
+    def _wait(
+        self,
+        is_so: Callable[[], bool],
+        what: str,
+        alive: Callable[[], str],
+        slowness: float = 1.0,
+    ) -> None:
+        end = time.monotonic() + TIMEOUT_S * max(slowness, 1.0)
         while not is_so():
             rclpy.spin_once(self, timeout_sec=0.1)
             if problem := alive():
@@ -129,8 +142,8 @@ class DemoError(SpecPruneError):
     """The demo cannot go on."""
 
 
-def start_nodes(arguments: argparse.Namespace, out: Path) -> dict[str, subprocess.Popen]:
-    """The three nodes as processes."""
+def node_commands(arguments: argparse.Namespace) -> dict[str, tuple[str, list[str], str]]:
+    """Of the three nodes: module, arguments and the Python that runs it."""
     files = [word for name in params_of(arguments) for word in ('--params-file', str(name))]
     simulated = {'task': arguments.task, 'size': SIZE, 'rate': arguments.rate}
 
@@ -143,9 +156,9 @@ def start_nodes(arguments: argparse.Namespace, out: Path) -> dict[str, subproces
     vla = own('vla_node', runtime__dry_run=False)
     streamer = own('action_streamer', stream__dry_run=False)
     return {
-        'sim_node': start('sim_node', out, *ros_arguments(simulated), python=arguments.sim_python),
-        'vla_node': start('vla_node', out, *vla),
-        'action_streamer': start('streamer_node', out, *streamer),
+        'sim_node': ('sim_node', ros_arguments(simulated), arguments.sim_python),
+        'vla_node': ('vla_node', vla, sys.executable),
+        'action_streamer': ('streamer_node', streamer, sys.executable),
     }
 
 
@@ -189,14 +202,16 @@ def run(arguments: argparse.Namespace, console: Console) -> list[str]:
     out = arguments.out
     log = RunLog(out, video=True, fps=config.runtime.query_rate_hz)
     rclpy.init(args=[], signal_handler_options=SignalHandlerOptions.NO)
-    processes = {} if arguments.attach else start_nodes(arguments, out)
-    problems, episodes = [], []
+    processes, problems, episodes = {}, [], []
     try:
         driver = Driver(log, config.robot.camera_names)
         if not arguments.attach:
+            for name, command in node_commands(arguments).items():
+                processes[name] = start(*command, out=out)
             activate(driver)
         for seed in range(arguments.seed, arguments.seed + arguments.episodes):
-            episodes.append(driver.run_episode(seed, lambda: ended(processes)))
+            alive = partial(ended, processes)
+            episodes.append(driver.run_episode(seed, alive, 1.0 / arguments.rate))
             console.print('{task}, seed {seed}: {state} after {step} steps'.format(**episodes[-1]))
         for fault, message in driver.faults.items():
             console.print(f'{fault}: {message}', style='yellow')
@@ -226,7 +241,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument('--sim-python', default=sys.executable, help="the simulator's Python")
     parser.add_argument('--attach', action='store_true', help='the nodes run already')
     console = Console()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)
     try:
         problems = run(parser.parse_args(argv), console)
     except SpecPruneError as error:

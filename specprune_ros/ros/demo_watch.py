@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -69,9 +70,9 @@ class Watcher(Node):
 
 
 def start(
-    module: str, out: Path, *arguments: str, python: str = sys.executable
+    module: str, arguments: Sequence[str], python: str = sys.executable, *, out: Path
 ) -> subprocess.Popen:
-    """Start one of our nodes as a process of its own; its output goes to a file."""
+    """Start one of our nodes as a process of its own; its output goes to a file in `out`."""
     command = [python, '-m', f'specprune_ros.ros.{module}', *arguments]
     with (out / f'{module}.log').open('w') as log:
         # A session of its own: Ctrl-C in the terminal reaches the demo alone, which then stops it.

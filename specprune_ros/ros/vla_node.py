@@ -312,13 +312,13 @@ class VlaNode(ManagedNode):
         held, dense = self._asked = self._held
         self._pipeline.config = dataclasses.replace(self._pipeline.config, pruning=held)
         self._status.dense = dense
-        self.set_parameters(
-            [
-                Parameter(f'pruning.{name}', value=[''] if value == () else value)
-                for name, value in dataclasses.asdict(held).items()
-                if value != refused[name]
-            ]
-        )
+        changes = [
+            Parameter(f'pruning.{name}', value=[''] if value == () else value)
+            for name, value in dataclasses.asdict(held).items()
+            if value != refused[name]
+        ]
+        if changes:  # all at once: one by one each would be a change of its own
+            self.set_parameters_atomically(changes)
         self._status.publish()
 
     def _once_context(self) -> OnceContext | str:

@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -29,6 +29,7 @@ from specprune_ros.config import PolicyConfig, PruneConfig
 from specprune_ros.config_files import load_config
 from specprune_ros.errors import ConfigError, RecordingError
 from specprune_ros.images import CameraImage
+from specprune_ros.shipped import PREFIX, find_checkpoint
 from specprune_ros.sim.closed_loop import LiberoTask, check_robot
 from specprune_ros.sim.collect import begin_worker
 from specprune_ros.sim.conditions import CONDITIONS
@@ -46,8 +47,9 @@ class Plan:
     """What all episodes of a folder share.
 
     Attributes:
-        params: parameter files.
+        params: parameter files; one of a shipped checkpoint by its name.
         overrides: flat names -> values, over the files.
+        weights: SHA-256 of the checkpoint's files: another training is another evaluation.
         size: height and width of the rendered images, px.
         condition: a key of CONDITIONS.
         open_loop_steps: see LiberoTask.
@@ -58,6 +60,7 @@ class Plan:
     size: int
     condition: str = 'normal'
     open_loop_steps: int = 0
+    weights: str = ''
 
     def policy_config(self) -> PolicyConfig:
         """The configuration that methods change the pruning of.
@@ -65,7 +68,10 @@ class Plan:
         Raises:
             ConfigError: a file, name or value is bad.
         """
-        return load_config(self.params, self.overrides)
+        return load_config(
+            [find_checkpoint(n) if n.startswith(PREFIX) else n for n in self.params],
+            self.overrides,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +84,8 @@ class Result:
         success: LIBERO's check.
         steps: control steps until success or the end.
         queries: of the policy.
-        latency_ms: median of them, end to end; the first one left out where there are more.
+        latency_ms: median of them, end to end but for the simulator's rendering; the first one
+            left out where there are more.
         kept: share of the visual tokens after the last layer, mean over queries.
         static: the same after static pruning.
         fine: share of the queries in fine mode.
@@ -137,17 +144,27 @@ class Conditioned:
         condition: a key of CONDITIONS.
         task: its name.
         dense: is asked the same, to compare; None: nobody is.
+        rendering_s: how long the simulator has rendered so far.
 
     Attributes:
         results: of every query since the reset.
+        seconds: of every query, without what was rendered while it looked at images.
         errors: of every query: mean absolute difference of its actions from the dense ones.
     """
 
-    def __init__(self, policy: Driven, condition: str, task: str, dense: Driven | None = None):
-        self._policy, self._dense = policy, dense
+    def __init__(
+        self,
+        policy: Driven,
+        condition: str,
+        task: str,
+        dense: Driven | None = None,
+        rendering_s: Callable[[], float] = lambda: 0.0,
+    ):
+        self._policy, self._dense, self._rendering_s = policy, dense, rendering_s
         self._condition = CONDITIONS[condition]
         self._task = task
         self.results: list[PolicyResult] = []
+        self.seconds: list[float] = []
         self.errors: list[float] = []
 
     @property
@@ -158,16 +175,20 @@ class Conditioned:
     def reset(self) -> None:
         """A new episode begins."""
         self._policy.reset()
-        self.results.clear(), self.errors.clear()
+        self.results.clear(), self.seconds.clear(), self.errors.clear()
 
     def infer(self, observation: Observation) -> PolicyResult:
         """One query."""
         given = self._condition.given(observation, self._task)
-        self.results.append(self._policy.infer(given))
+        before_s = self._rendering_s()
+        result = self._policy.infer(given)
+        self.results.append(result)
+        rendered_s = self._rendering_s() - before_s
+        self.seconds.append(result.report.latency_total_s - rendered_s)
         if self._dense is not None:
             wanted = self._dense.infer(given).chunk.data
-            self.errors.append(float(np.abs(self.results[-1].chunk.data - wanted).mean()))
-        return self.results[-1]
+            self.errors.append(float(np.abs(result.chunk.data - wanted).mean()))
+        return result
 
     def observe_executed(
         self,
@@ -199,30 +220,26 @@ def run_episode(plan: Plan, job: Job, film: Path | None = None) -> Result:
     env = _environment(task, config.robot.camera_names, plan.size)
     env.disturb(CONDITIONS[plan.condition].scene, seed)
     dense = None if method == DENSE else _policy(_Frozen(plan), DENSE)
-    policy = Conditioned(_policy(_Frozen(plan), method), plan.condition, task, dense)
+    policy = Conditioned(
+        _policy(_Frozen(plan), method), plan.condition, task, dense, lambda: env.rendering_s
+    )
     with contextlib.ExitStack() as stack:
         driven = stack.enter_context(Filmed(policy, film)) if film else policy
         (end,) = LiberoTask(env, config.robot, plan.open_loop_steps).run(driven, seed)
-    return result_of(job, end, policy.results, policy.errors)
+    return result_of(job, end, policy)
 
 
-def result_of(
-    job: Job,
-    end: Mapping[str, float],
-    results: Sequence[PolicyResult],
-    errors: Sequence[float] = (),
-) -> Result:
+def result_of(job: Job, end: Mapping[str, float], policy: Conditioned) -> Result:
     """The line of an episode.
 
     Args:
         job: which one.
         end: 'success' and 'steps'.
-        results: of its queries, at least one.
-        errors: of its queries; none for a dense policy.
+        policy: with its queries, at least one.
     """
     task, method, seed = job
-    reports = [result.report for result in results]
-    times = [1e3 * report.latency_total_s for report in reports]
+    reports = [result.report for result in policy.results]
+    times = [1e3 * seconds for seconds in policy.seconds]
     total = [report.tokens_total.sum() for report in reports]
     return Result(
         task=task,
@@ -235,7 +252,7 @@ def result_of(
         kept=_mean([r.tokens_kept.sum() / n for r, n in zip(reports, total, strict=True)]),
         static=_mean([r.tokens_static.sum() / n for r, n in zip(reports, total, strict=True)]),
         fine=_mean([r.mode == Mode.FINE for r in reports]),
-        action_error=_mean(errors) if errors else 0.0,
+        action_error=_mean(policy.errors) if policy.errors else 0.0,
     )
 
 
@@ -288,6 +305,7 @@ def jobs_of(tasks: Sequence[str], methods: Sequence[str], seeds: int) -> list[Jo
     Raises:
         ConfigError: no such task, or it has fewer seeds.
     """
+    tasks, methods = dict.fromkeys(tasks), dict.fromkeys(methods)
     for name in tasks:
         if seeds > find_task(name).seeds:
             raise ConfigError('--seeds', seeds, f'{name} has only {find_task(name).seeds}')

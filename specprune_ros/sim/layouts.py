@@ -37,6 +37,7 @@ from specprune_ros.sim.libero import LiberoEnv
 from specprune_ros.sim.tasks import BASKET, SHUFFLE, SHUFFLED, SKILLS, WANTED, Skill
 
 FORMAT = 1
+DRAWING = 2  # how a seed becomes a scene: a folder is gone on with by the same one only
 RECIPE = 'layouts.json'
 SHARD = 200  # scenes of one file
 # Hands above an object that can be named, as at the end of a reach; and beside its grasp along x,
@@ -59,6 +60,7 @@ class LayoutRecipe:
     split: str
     detail_m: float
     proprio_names: tuple[str, ...]
+    drawing: int = DRAWING
     format: int = FORMAT
 
 
@@ -202,7 +204,7 @@ def read_layout_recipe(folder: Path) -> LayoutRecipe:
         if values['format'] != FORMAT:
             raise ValueError(f'its format is {values["format"]}, this version reads {FORMAT}')
         lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
-        return LayoutRecipe(**{**values, **lists})
+        return LayoutRecipe(**{'drawing': 1, **values, **lists})
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise RecordingError(folder, f'holds no layouts: {error}') from error
 

@@ -8,6 +8,7 @@ import importlib
 import io
 import logging
 import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -65,6 +66,7 @@ class LiberoEnv:
         cameras: that are rendered.
         instruction: in words.
         state: of the present control step.
+        rendering_s: spent on images so far.
 
     Raises:
         ConfigError: no such task or camera, a bad size, or no library to render with.
@@ -105,6 +107,7 @@ class LiberoEnv:
         self._prepare_model(detail_m, size)
         self._size = size
         self._renderer: Any = None
+        self.rendering_s = 0.0
         self._rest: np.ndarray | None = None  # qpos of a settled episode
 
     def reset(self, seed: int, split: str = 'eval') -> SimState:
@@ -282,8 +285,11 @@ class LiberoEnv:
             self._renderer = _make_renderer(self._env.env.sim.model._model, self._size)
         options = mujoco.MjvOption()
         options.geomgroup[0] = 0  # collision shapes
+        started = time.perf_counter()
         self._renderer.update_scene(data, CAMERAS[camera], options)
-        return self._renderer.render()
+        image = self._renderer.render()
+        self.rendering_s += time.perf_counter() - started
+        return image
 
     def observation(self, joint_names: tuple[str, ...] = ()) -> Observation:
         """What a policy may know of this step; images are rendered when it looks at them.

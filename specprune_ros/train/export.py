@@ -158,7 +158,7 @@ def budgets(patches: int) -> dict[str, int]:
     """The paper's K, which are counts of 256 patches, as the same share of `patches`."""
     paper = dataclasses.asdict(PruneConfig())
     counts = {name: value for name, value in paper.items() if name.startswith('k_')}
-    return {name: round(k * patches / PAPER_PATCHES) for name, k in counts.items()}
+    return {name: max(round(k * patches / PAPER_PATCHES), 1) for name, k in counts.items()}
 
 
 def model_card(trainer: Trainer, gate: Gate, size: int) -> str:
