@@ -58,6 +58,7 @@ def export(trainer: Trainer, folder: Path, gate: Gate | None = None) -> Path:
         for key, tensor in getattr(network, name).state_dict().items()
     }
     save_file(weights, folder / 'model.safetensors')
+    (folder / 'model.safetensors').chmod(0o644)  # its writer leaves it to its owner alone
     head = {f'module.model.{k}': v.cpu() for k, v in network.action_head.state_dict().items()}
     proprio = {f'module.{k}': v.cpu() for k, v in network.proprio_projector.state_dict().items()}
     torch.save(head, folder / f'action_head--{trainer.step}_checkpoint.pt')
