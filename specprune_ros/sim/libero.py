@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import copy
+import functools
 import importlib
 import io
 import logging
 import os
 import time
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -108,6 +111,7 @@ class LiberoEnv:
         self._size = size
         self._renderer: Any = None
         self.rendering_s = 0.0
+        _OPEN.add(self)
         self._rest: np.ndarray | None = None  # qpos of a settled episode
 
     def reset(self, seed: int, split: str = 'eval') -> SimState:
@@ -387,6 +391,20 @@ class LiberoEnv:
         )
 
 
+_OPEN: weakref.WeakSet[LiberoEnv] = weakref.WeakSet()
+
+
+@functools.cache
+def _close_before_graphics() -> None:
+    """Else renderers that are left at exit outlive mujoco's display, and complain."""
+
+    def close_all() -> None:
+        for env in list(_OPEN):
+            env.close()
+
+    atexit.register(close_all)  # before what mujoco registered when it was imported
+
+
 def _direction(rng: np.random.Generator) -> np.ndarray:
     """[3] of length 1, any way."""
     vector = rng.normal(size=3)
@@ -407,6 +425,7 @@ def check_cameras(names: Sequence[str]) -> None:
 def _make_renderer(model: Any, size: int) -> Any:
     import mujoco
 
+    _close_before_graphics()
     try:
         renderer = mujoco.Renderer(model, size, size)
     except Exception as error:  # EGL, OSMesa, GLFW and mujoco each raise their own

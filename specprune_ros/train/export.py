@@ -216,7 +216,8 @@ It knows these instructions, and nothing else:
 | held-out scenes | {held_out}: told the right object in {nearest:.0%}, off by {error:.0f} mm |
 | heading | off by {heading:.0f} degrees (median) |
 | gate (98 %, 10 mm) | {verdict} |
-| licence | as the package; no weights or files of others. LIBERO (MIT) rendered the images |
+| licence | as the package: no weights, images or meshes of others are in it |
+| what it saw | LIBERO's scenes (MIT, CC BY 4.0), in them NVIDIA's HOPE scans (CC BY-NC-SA 4.0) |
 
 Success in closed loop is not in this card; `specprune eval FOLDER` measures it. `params.yaml`
 holds all that a launch needs but the folder's own path (`model.checkpoint`).
