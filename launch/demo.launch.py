@@ -1,6 +1,6 @@
 """A simulated arm that does what it is told: sim_node, vla_node, action_streamer, and a driver.
 
-ros2 launch specprune_ros demo.launch.py task:=object_shuffled/1 episodes:=3
+ros2 launch specprune_ros demo.launch.py task:=object_shuffled/3 episodes:=3
 ros2 launch specprune_ros demo.launch.py sim_python:=/path/to/.venv-sim/bin/python
 
 sim_node needs LIBERO in its Python: pip install 'specprune_ros[sim]', or scripts/setup_sim.sh and
@@ -24,7 +24,7 @@ from launch import LaunchContext, LaunchDescription
 
 SHARE = get_package_share_directory('specprune_ros')
 ARGUMENTS = {
-    'task': ('object_shuffled/0', 'what to do, <suite>/<index>'),
+    'task': ('object_shuffled/1', 'what to do, <suite>/<index>'),
     'seed': ('0', 'of the first episode'),
     'episodes': ('1', 'how many; the launch ends after them'),
     'rate': ('1.0', 'simulated seconds per second, at most'),
