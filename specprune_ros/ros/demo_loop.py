@@ -40,6 +40,7 @@ MODEL = 'libero_small'
 PARAMS = (f'robots/{MODEL}', f'models/{MODEL}', 'pruning/specprune', 'node', 'demo')
 SIZE = 112  # px, of the images that the model was trained on
 TIMEOUT_S = 90.0  # for each of the things that are waited for
+START_FACTOR = 2.0
 CALL_S = 30.0
 ENDS = ('success', 'failed')  # of an episode, by LIBERO's check and its step limit
 
@@ -73,6 +74,10 @@ class Driver(Watcher):
         Raises:
             DemoError: something did not come in time, or is gone.
         """
+        # A simulator that was just installed compiles first: its own answer comes too late.
+        self._wait(lambda: bool(self.episode), 'sim_node to begin', alive, START_FACTOR)
+        if self.episode['state'] not in ('running', *ENDS):
+            raise DemoError(f'sim_node {self.episode["state"]}: the reason is in its log')
         self._call(self._cancel, Trigger.Request())  # the last one's task, if it still runs
         value = ParameterValue(type=ParameterType.PARAMETER_INTEGER, integer_value=seed)
         parameters = [Parameter(name='seed', value=value)]
@@ -223,6 +228,9 @@ def run(arguments: argparse.Namespace, console: Console) -> list[str]:
         shut_down_rclpy()
         problems += stop(processes)
     (out / 'episodes.json').write_text(json.dumps(episodes, indent=2) + '\n')
+    if not episodes:
+        console.print(f"no episode was run; the nodes' logs are in {out}")
+        return problems
     console.print(log.finish())
     console.print(episode_table(episodes))
     console.print(f'{out}: overlay_*.mp4, queries.png, episodes.json, reports.jsonl, *.log')
