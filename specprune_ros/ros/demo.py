@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import signal
 import subprocess
 import time
 from pathlib import Path
@@ -20,11 +19,11 @@ from rich.progress import Progress
 
 from specprune_ros.config import AXES, PolicyConfig
 from specprune_ros.config_files import load_config
-from specprune_ros.errors import ConfigError, SpecPruneError
+from specprune_ros.errors import ConfigError
 from specprune_ros.offline import fit_robot
 from specprune_ros.recordings import open_recording
 from specprune_ros.ros.arguments import ros_arguments
-from specprune_ros.ros.demo_watch import Watcher, ended, start, stop
+from specprune_ros.ros.demo_watch import Watcher, ended, exit_status, start, stop
 from specprune_ros.ros.lifecycle import LifecycleClient
 from specprune_ros.ros.process import shut_down_rclpy
 from specprune_ros.runlog import RunLog
@@ -134,16 +133,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument('--out', type=Path, default=Path('out'), help='output folder')
     parser.add_argument('--chunks', type=int, default=20, help='how many to wait for')
     parser.add_argument('--params', action='append', help='parameter file; may be repeated')
-    console = Console()
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.default_int_handler)
-    try:
-        problems = run(parser.parse_args(argv), console)
-    except SpecPruneError as error:
-        problems = [str(error)]
-    for problem in problems:
-        console.print(f'demo: {problem}', style='bold red')
-    return 1 if problems else 0
+    return exit_status(run, parser.parse_args(argv))
 
 
 if __name__ == '__main__':

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import signal
 import sys
 import time
 from collections.abc import Callable
@@ -31,7 +30,7 @@ from specprune_ros.config_files import find_config, load_config
 from specprune_ros.errors import ConfigError, SpecPruneError
 from specprune_ros.ros import qos
 from specprune_ros.ros.arguments import ros_arguments
-from specprune_ros.ros.demo_watch import Watcher, ended, start, stop
+from specprune_ros.ros.demo_watch import Watcher, ended, exit_status, start, stop
 from specprune_ros.ros.lifecycle import LifecycleClient
 from specprune_ros.ros.process import shut_down_rclpy
 from specprune_ros.runlog import RunLog
@@ -118,13 +117,14 @@ class Driver(Watcher):
         alive: Callable[[], str],
         slowness: float = 1.0,
     ) -> None:
-        end = time.monotonic() + TIMEOUT_S * max(slowness, 1.0)
+        limit_s = TIMEOUT_S * max(slowness, 1.0)
+        end = time.monotonic() + limit_s
         while not is_so():
             rclpy.spin_once(self, timeout_sec=0.1)
             if problem := alive():
                 raise DemoError(problem)
             if time.monotonic() > end:
-                raise DemoError(f'waited {TIMEOUT_S:g} s for {what}')
+                raise DemoError(f'waited {limit_s:g} s for {what}')
 
     def _call(self, client, request):
         if not client.wait_for_service(CALL_S):
@@ -201,6 +201,8 @@ def run(arguments: argparse.Namespace, console: Console) -> list[str]:
     """Run the demo; returns what went wrong."""
     if arguments.episodes < 1:
         raise ConfigError('--episodes', arguments.episodes, 'must be at least 1')
+    if not arguments.rate > 0.0:
+        raise ConfigError('--rate', arguments.rate, 'must be above 0')
     if not shutil.which(arguments.sim_python):
         raise ConfigError('--sim-python', arguments.sim_python, 'no such program')
     config = load_config(params_of(arguments))
@@ -248,16 +250,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument('--params', action='append', help='parameter file; may be repeated')
     parser.add_argument('--sim-python', default=sys.executable, help="the simulator's Python")
     parser.add_argument('--attach', action='store_true', help='the nodes run already')
-    console = Console()
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.default_int_handler)
-    try:
-        problems = run(parser.parse_args(argv), console)
-    except SpecPruneError as error:
-        problems = [str(error)]
-    for problem in problems:
-        console.print(f'demo: {problem}', style='bold red')
-    return 1 if problems else 0
+    return exit_status(run, parser.parse_args(argv))
 
 
 if __name__ == '__main__':

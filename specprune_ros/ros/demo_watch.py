@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import argparse
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 from diagnostic_msgs.msg import DiagnosticArray
 from rclpy.node import Node
+from rich.console import Console
 from sensor_msgs.msg import Image
 
+from specprune_ros.errors import SpecPruneError
 from specprune_ros.msg import ActionChunk, PruningDiagnostics
 from specprune_ros.ros import conversions, qos
 from specprune_ros.runlog import RunLog
@@ -67,6 +70,22 @@ class Watcher(Node):
         for status in msg.status:
             if status.name.endswith('faults'):
                 self.faults |= {v.key: v.value for v in status.values if '(last)' in v.key}
+
+
+def exit_status(
+    run: Callable[[argparse.Namespace, Console], list[str]], arguments: argparse.Namespace
+) -> int:
+    """Run a demo, and print what went wrong; a signal ends it as Ctrl-C does."""
+    console = Console()
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)
+    try:
+        problems = run(arguments, console)
+    except SpecPruneError as error:
+        problems = [str(error)]
+    for problem in problems:
+        console.print(f'demo: {problem}', style='bold red')
+    return 1 if problems else 0
 
 
 def start(

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import functools
-import os
-import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Protocol
 
@@ -29,6 +25,7 @@ from specprune_ros.sim.libero import LiberoEnv
 from specprune_ros.sim.placement import seed_stream
 from specprune_ros.sim.state import SimState
 from specprune_ros.sim.tasks import SimTask, find_task, skill_of
+from specprune_ros.sim.workers import in_workers
 
 
 class Environment(Protocol):
@@ -195,29 +192,7 @@ def collect(
     yield from (attempt for attempt in before if (attempt.task, attempt.seed) in wanted)
     done = {(attempt.task, attempt.seed) for attempt in before}
     todo = [job for job in jobs if job not in done]
-    for attempt in _attempts(folder, recipe, todo, workers):
+    work = functools.partial(attempt_episode, folder, recipe)
+    for attempt in in_workers(work, todo, workers):
         append_attempt(folder, attempt)
         yield attempt
-
-
-def _attempts(
-    folder: Path, recipe: Recipe, jobs: Sequence[tuple[str, int]], workers: int
-) -> Iterator[Attempt]:
-    if not workers or not jobs:
-        for task, seed in jobs:
-            yield attempt_episode(folder, recipe, task, seed)
-        return
-    # A forked renderer would share its parent's GL context, hence new interpreters.
-    pool = ProcessPoolExecutor(workers, get_context('spawn'), initializer=begin_worker)
-    try:
-        futures = [pool.submit(attempt_episode, folder, recipe, *job) for job in jobs]
-        for future in as_completed(futures):
-            yield future.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def begin_worker() -> None:
-    """One thread per worker, and Ctrl-C is the parent's: it lets started episodes end."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.environ['OMP_NUM_THREADS'] = '1'

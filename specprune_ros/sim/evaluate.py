@@ -16,9 +16,7 @@ import functools
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -31,11 +29,11 @@ from specprune_ros.errors import ConfigError, RecordingError
 from specprune_ros.images import CameraImage
 from specprune_ros.shipped import PREFIX, find_checkpoint
 from specprune_ros.sim.closed_loop import LiberoTask, check_robot
-from specprune_ros.sim.collect import begin_worker
 from specprune_ros.sim.conditions import CONDITIONS
 from specprune_ros.sim.film import Filmed
 from specprune_ros.sim.libero import LiberoEnv
 from specprune_ros.sim.tasks import find_task
+from specprune_ros.sim.workers import in_workers
 from specprune_ros.types import ExecutedAction, Mode, Observation, PolicyResult
 
 PLAN, EPISODES = 'evaluation.json', 'episodes.csv'
@@ -341,7 +339,8 @@ def evaluate(
     done = {(one.task, one.method, one.seed) for one in before}
     todo = [job for job in jobs if job not in done]
     paths = [film_path(folder, job) if job[2] < films else None for job in todo]
-    for result in _results(plan, todo, paths, workers):
+    work = functools.partial(run_episode, plan)
+    for result in in_workers(work, zip(todo, paths, strict=True), workers):
         append_result(folder, result)
         yield result
 
@@ -351,25 +350,6 @@ def film_path(folder: Path, job: Job) -> Path:
     task, method, seed = job
     name = re.sub(r'[^\w.=-]+', '_', f'{task} {method} {seed}')
     return folder / 'videos' / f'{name}.mp4'
-
-
-def _results(
-    plan: Plan, jobs: Sequence[Job], films: Sequence[Path | None], workers: int
-) -> Iterator[Result]:
-    if not workers or not jobs:
-        yield from map(functools.partial(run_episode, plan), jobs, films)
-        return
-    # A forked renderer would share its parent's GL context, hence new interpreters.
-    pool = ProcessPoolExecutor(workers, get_context('spawn'), initializer=begin_worker)
-    try:
-        futures = [
-            pool.submit(run_episode, plan, job, film)
-            for job, film in zip(jobs, films, strict=True)
-        ]
-        for future in as_completed(futures):
-            yield future.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 # On disk ----------------------------------------------------------------------------------------

@@ -23,18 +23,16 @@ import functools
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 
 from specprune_ros.errors import ConfigError, RecordingError
-from specprune_ros.sim.collect import begin_worker
 from specprune_ros.sim.expert import straightening
 from specprune_ros.sim.libero import LiberoEnv
 from specprune_ros.sim.tasks import BASKET, SHUFFLE, SHUFFLED, SKILLS, WANTED, Skill
+from specprune_ros.sim.workers import in_workers
 
 FORMAT = 1
 DRAWING = 2  # how a seed becomes a scene: a folder is gone on with by the same one only
@@ -165,17 +163,8 @@ def collect_layouts(
     firsts = range(0, count, SHARD)
     todo = [first for first in firsts if not _shard_path(folder, first).exists()]
     yield SHARD * (len(firsts) - len(todo))
-    if not workers:
-        for first in todo:
-            yield _write_shard(folder, recipe, first)
-        return
-    pool = ProcessPoolExecutor(workers, get_context('spawn'), initializer=begin_worker)
-    try:
-        futures = [pool.submit(_write_shard, folder, recipe, first) for first in todo]
-        for future in as_completed(futures):
-            yield future.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
+    work = functools.partial(_write_shard, folder, recipe)
+    yield from in_workers(work, [(first,) for first in todo], workers)
 
 
 def read_layouts(folder: Path) -> Iterator[Layouts]:

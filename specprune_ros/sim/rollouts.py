@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -21,12 +19,13 @@ from specprune_ros.ablation.task import Driven
 from specprune_ros.config import PolicyConfig
 from specprune_ros.config_files import load_config
 from specprune_ros.sim.closed_loop import LiberoTask
-from specprune_ros.sim.collect import Environment, begin_worker
+from specprune_ros.sim.collect import Environment
 from specprune_ros.sim.expert import straightening
 from specprune_ros.sim.layouts import LayoutRecipe, Layouts, open_layouts, write_shard
 from specprune_ros.sim.libero import LiberoEnv
 from specprune_ros.sim.state import SimState
 from specprune_ros.sim.tasks import BASKET, SHUFFLE, WANTED
+from specprune_ros.sim.workers import in_workers
 
 UPRIGHT_M = 0.005  # an object whose height changed by more is lifted, or fell over
 
@@ -136,16 +135,7 @@ def collect_rollouts(
     todo = [job for job in jobs if not _path(folder, job).exists()]
     yield from [0] * (len(jobs) - len(todo))
     work = functools.partial(_write_episode, folder, recipe, checkpoint, every)
-    if not workers:
-        yield from map(work, todo)
-        return
-    # A forked renderer would share its parent's GL context, hence new interpreters.
-    pool = ProcessPoolExecutor(workers, get_context('spawn'), initializer=begin_worker)
-    try:
-        for future in as_completed([pool.submit(work, job) for job in todo]):
-            yield future.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
+    yield from in_workers(work, [(job,) for job in todo], workers)
 
 
 def _path(folder: Path, job: tuple[str, int]) -> Path:
