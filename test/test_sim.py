@@ -1,5 +1,6 @@
 """Simulated tasks: layouts, expert, dataset and closed loop; most needs no simulator."""
 
+import contextlib
 import dataclasses
 import subprocess
 import sys
@@ -710,6 +711,27 @@ def env():
         pytest.skip(str(error))
     yield made
     made.close()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    ('name', 'instruction'),
+    [
+        ('libero_object/0', 'pick up the alphabet soup and place it in the basket'),
+        ('libero_object_swap/0', 'pick up the alphabet soup and place it in the basket'),
+        ('libero_object_lan/0', 'grab alphabet soup and put it into basket'),
+        ('libero_object_task/0', 'pick the cream cheese and place it in the basket'),
+    ],
+)
+def test_a_perturbed_task_says_what_is_to_be_done_there(env, name, instruction):
+    from specprune_ros.sim.libero import LiberoEnv
+
+    with contextlib.closing(LiberoEnv(name, size=32)) as other:
+        assert other.instruction == instruction
+        assert other.task.max_steps == 280
+        other.reset(49)
+        assert not other.success
 
 
 @pytest.mark.slow

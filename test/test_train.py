@@ -29,10 +29,10 @@ from specprune_ros.sim.layouts import RECIPE, LayoutRecipe, Layouts
 from specprune_ros.sim.state import ACTION_NAMES, PROPRIO_NAMES
 from specprune_ros.sim.tasks import BASKET, SHUFFLE
 from specprune_ros.train.config import DataConfig, FitConfig, NetworkConfig, TrainConfig
-from specprune_ros.train.data import draw_batch, load_training_set
+from specprune_ros.train.data import draw_batch, draw_shown, load_training_set
 from specprune_ros.train.export import PARAMS, export
 from specprune_ros.train.losses import losses_of, patch_labels
-from specprune_ros.train.network import AuxiliaryHeads, Network
+from specprune_ros.train.network import AuxiliaryHeads, Network, decode_batch
 from specprune_ros.train.trainer import CHECKPOINT, CURVES, Trainer
 from specprune_ros.train.vocabulary import write_tokenizer
 from specprune_ros.types import Observation
@@ -280,7 +280,9 @@ class TestTrainer:
         changed = {n for n, p in trainer.network.named_parameters() if not p.equal(before[n])}
         assert changed
         assert all(name.startswith(('vision_backbone.', 'projector.')) for name in changed)
-        assert set(trainer.train_step()) == {'action', 'target', 'flag', 'patch', 'total'}
+        assert set(trainer.train_step()) == {
+            'action', 'target', 'flag', 'patch', 'words', 'total',
+        }  # fmt: skip
 
     def test_going_on_gives_the_same_weights(self, folders, data, trained, tmp_path):
         first = make_trainer(folders, data, tmp_path)
@@ -353,16 +355,74 @@ class TestTrainer:
         assert (config.network.image_size // 14) ** 2 >= 64
 
 
+@given(
+    step=st.integers(0, 10**6),
+    sequences=st.integers(1, 5),
+    patches=st.integers(1, 40),
+    dropout=st.floats(0.0, 0.95),
+)
+def test_every_sequence_goes_without_as_many_patches(step, sequences, patches, dropout):
+    options = {'seed': 3, 'sequences': sequences, 'patches': patches, 'dropout': dropout}
+    shown = draw_shown(step, **options)
+    assert torch.equal(shown, draw_shown(step, **options))
+    assert len(shown) == sequences
+    assert max(1, round(patches * (1 - dropout))) <= shown.shape[1] <= patches
+    assert (shown.diff(dim=1) > 0).all()
+    assert ((shown >= 0) & (shown < patches)).all()
+
+
+def test_dropout_takes_half_of_its_share_on_the_average():
+    some = [draw_shown(n, seed=0, sequences=4, patches=100, dropout=0.8) for n in range(200)]
+    assert np.mean([len(shown[0]) for shown in some]) == pytest.approx(60, abs=4)
+    assert not torch.equal(some[0][0], some[0][1]), 'every sequence has its own'
+    seen = torch.cat([shown.flatten() for shown in some]).bincount(minlength=100)
+    assert seen.min() > 0.7 * seen.float().mean(), 'every patch is as likely'
+
+
+def test_a_sequence_without_some_patches_is_the_decoder_without_these_rows():
+    """As the decoder of transformers does it: no row moves up, and nothing is seen of the rest."""
+    torch.manual_seed(0)
+    network = Network(NETWORK, proprio_dim=8, horizon=2)
+    llama = network.language_model.model
+    hidden, rows = torch.randn(2, 9, NETWORK.width), torch.tensor([[0, 2, 3, 8], [0, 1, 7, 8]])
+    some = hidden.gather(1, rows[..., None].expand(-1, -1, NETWORK.width))
+    with torch.no_grad():
+        ours, _ = decode_batch(llama, some, rows, length=9)
+        everything = torch.zeros(2, 1, 4, 4)  # added to the scores: hides nothing
+        theirs = llama(inputs_embeds=some, position_ids=rows, attention_mask=everything)
+    torch.testing.assert_close(ours, theirs.last_hidden_state, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize('dropout', [0.0, 0.5])
+def test_the_words_are_asked_where_the_named_object_is(data, dropout):
+    batch = draw_batch(data, 0, seed=0, layouts=2, instructions=2, demos=0, shift_px=0, colour=0.0)
+    torch.manual_seed(0)
+    network = Network(NETWORK, proprio_dim=8, horizon=8)
+    heads = AuxiliaryHeads(NETWORK.width, len(data.objects), len(data.cameras))
+    shown = draw_shown(0, seed=0, sequences=4, patches=8, dropout=dropout)
+    outputs = network(batch.images, batch.scene, batch.proprio, [tuple(range(17))] * 4, shown)
+    told = heads.place(outputs.words)
+    place = batch.pixels[batch.scene][torch.arange(4), :, batch.named].flatten(1) / SIZE
+    loss = losses_of(outputs, heads, batch, SIZE, shown).words
+    heads.place = torch.nn.Identity()
+    perfect = dataclasses.replace(outputs, words=place)
+    assert losses_of(perfect, heads, batch, SIZE, shown).words == 0.0
+    off = (told - place).view(4, -1, 2).abs().mean(dim=-1) * SIZE / 14
+    inside = ((place > 0) & (place < 1)).view(4, -1, 2).all(dim=-1)
+    assert loss.item() == pytest.approx(off[inside].mean().item(), rel=1e-5)
+
+
 def test_a_step_stays_on_its_device(data):
     """On the meta device whatever was made on the CPU shows as an error."""
     batch = draw_batch(
         data, 0, seed=0, layouts=2, instructions=2, demos=1, shift_px=0, colour=0.0
     ).to(torch.device('meta'))
     network = Network(NETWORK, proprio_dim=8, horizon=8).to('meta')
-    heads = AuxiliaryHeads(NETWORK.width, len(data.objects)).to('meta')
+    heads = AuxiliaryHeads(NETWORK.width, len(data.objects), len(data.cameras)).to('meta')
     ids = [tuple(range(17)), *[tuple(range(18))] * 4]
-    outputs = network(batch.images, batch.scene, batch.proprio, ids)
-    losses_of(outputs, heads, batch, SIZE).total(FIT).backward()
+    shown = draw_shown(0, seed=0, sequences=5, patches=8, dropout=0.5).to('meta')
+    outputs = network(batch.images, batch.scene, batch.proprio, ids, shown)
+    losses_of(outputs, heads, batch, SIZE, shown).total(FIT).backward()
     assert network.projector.fc1.weight.grad.is_meta
 
 

@@ -106,7 +106,8 @@ class LiberoEnv:
                 hard_reset=False,
                 ignore_done=True,
             )
-        self.instruction = self.task.instruction or official.language
+        theirs = self._env.language_instruction if self.task.reworded else official.language
+        self.instruction = self.task.instruction or theirs
         self._prepare_model(detail_m, size)
         self._size = size
         self._renderer: Any = None

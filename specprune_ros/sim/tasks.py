@@ -1,6 +1,7 @@
 """What the simulated robot can be told to do.
 
-`<suite>/<index>` is an official LIBERO task with its own initial states and instruction.
+`<suite>/<index>` is an official task of LIBERO or LIBERO-PRO with its own initial states and
+instruction.
 `object_shuffled/<index>` is ours: scene, instructions and success check of LIBERO-Object, with
 another distribution of initial states, see `placement`. Its figures are not LIBERO's.
 """
@@ -15,13 +16,22 @@ from specprune_ros.sim.placement import Shuffle
 
 # Suite -> (tasks, control steps after which an episode has failed). Source: the evaluation that
 # published OpenVLA; each limit is a little above the longest demonstration.
-SUITES = {
+OWN_SUITES = {
     'libero_spatial': (10, 220),
     'libero_object': (10, 280),
     'libero_goal': (10, 300),
     'libero_10': (10, 520),
     'libero_90': (90, 400),
 }
+# LIBERO-PRO's perturbations of them: other looks, other places, other words, another goal.
+PERTURBATIONS = ('object', 'swap', 'lan', 'task')
+SUITES = OWN_SUITES | {
+    f'{suite}_{change}': figures
+    for suite, figures in OWN_SUITES.items()
+    if suite != 'libero_90'
+    for change in PERTURBATIONS
+}
+REWORDED = ('_lan', '_task')  # what is to be done is in the scene's file, not in the task's name
 SHUFFLED = 'object_shuffled'
 # What a policy is given where images, or the instruction, are withheld from it.
 GREY, WITHHELD = 128, 'do it'
@@ -72,6 +82,11 @@ class SimTask:
     instruction: str = ''
     goal: tuple[str, ...] = ()
     shuffle: Shuffle | None = None
+
+    @property
+    def reworded(self) -> bool:
+        """Whether LIBERO's name of the task is not what is to be done."""
+        return self.suite.endswith(REWORDED)
 
     @property
     def seeds(self) -> int:

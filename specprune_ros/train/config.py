@@ -88,9 +88,22 @@ class FitConfig:
     average: float = setting(0.999, 'decay of the averaged weights', low=0.0, high=0.99999)
     shift_px: int = setting(1, 'images are shifted by this much at most', low=0, unit='px')
     colour: float = setting(0.15, 'brightness and contrast vary by this share', low=0.0, high=0.9)
+    token_dropout: float = setting(
+        0.0,
+        'largest share of the visual tokens that a sequence goes without, drawn for every step: '
+        'what a small network otherwise never sees, and a large one copes with',
+        low=0.0,
+        high=0.95,
+    )
     target_weight: float = setting(1.0, 'weight of the named object, where it is', low=0.0)
     flag_weight: float = setting(1.0, 'weight of the named object, in which patches', low=0.0)
     patch_weight: float = setting(0.3, 'weight of which object is in a patch', low=0.0)
+    words_weight: float = setting(
+        0.3,
+        'weight of the named object, where in the images, asked of the words after two layers: '
+        'static pruning trusts what they look at there',
+        low=0.0,
+    )
     device: str = setting('cpu', "'cpu', 'cuda', or auto: cuda where there is one")
     threads: int = setting(1, 'threads of torch', low=1)
     gate_every: int = setting(250, 'steps between measurements on held-out scenes', low=1)

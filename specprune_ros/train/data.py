@@ -385,3 +385,22 @@ def draw_batch(
     images = np.stack([frames.images[index] for frames, index, _ in picks])
     pixels = np.stack([frames.pixels[index] for frames, index, _ in picks])
     return make_batch(data, picks, *augment(images, pixels, rng, shift_px, colour))
+
+
+def draw_shown(step: int, *, seed: int, sequences: int, patches: int, dropout: float) -> Tensor:
+    """Which patches the sequences of one step have: as many each, every one its own.
+
+    Args:
+        step: of the optimiser.
+        seed: of the run.
+        sequences: B.
+        patches: V*N.
+        dropout: largest share of them that goes; how much does is drawn anew for every step.
+
+    Returns:
+        [B, K] int64, ascending; at least one.
+    """
+    rng = np.random.default_rng((seed, step, 1))  # apart from the draw of the batch itself
+    count = max(1, round(patches * (1 - rng.uniform(0.0, dropout))))
+    order = rng.random((sequences, patches)).argsort(axis=1)
+    return torch.from_numpy(np.sort(order[:, :count], axis=1))

@@ -26,12 +26,15 @@ class Losses:
         target: L1 of the named object's place, in TARGET_UNIT_M.
         flag: cross entropy of 'this patch shows the named object'.
         patch: cross entropy of what a patch shows, and L1 of where in it, in patches.
+        words: L1 of where in every image the named object is, as the words know it early on, in
+            patches.
     """
 
     action: Tensor
     target: Tensor
     flag: Tensor
     patch: Tensor
+    words: Tensor
 
     def total(self, fit: FitConfig) -> Tensor:
         """The weighted sum."""
@@ -40,10 +43,17 @@ class Losses:
             + fit.target_weight * self.target
             + fit.flag_weight * self.flag
             + fit.patch_weight * self.patch
+            + fit.words_weight * self.words
         )
 
 
-def losses_of(outputs: Outputs, heads: AuxiliaryHeads, batch: Batch, size: int) -> Losses:
+def losses_of(
+    outputs: Outputs,
+    heads: AuxiliaryHeads,
+    batch: Batch,
+    size: int,
+    shown: Tensor | None = None,
+) -> Losses:
     """Compare what a network says with the answers.
 
     Args:
@@ -51,6 +61,7 @@ def losses_of(outputs: Outputs, heads: AuxiliaryHeads, batch: Batch, size: int) 
         heads: of the auxiliary questions.
         batch: the answers.
         size: of the images, px.
+        shown: [B, K] which patches each sequence has; None for all.
     """
     weights = torch.tensor(ACTION_WEIGHTS, device=batch.actions.device)
     error = (outputs.actions - batch.actions).abs() @ weights / weights.sum()
@@ -58,8 +69,9 @@ def losses_of(outputs: Outputs, heads: AuxiliaryHeads, batch: Batch, size: int) 
     return Losses(
         action=error.mean(),
         target=(heads.target(outputs.stop) - batch.target).abs().mean(),
-        flag=_flag_loss(heads.flag(outputs.visual)[..., 0], kind, batch),
+        flag=_flag_loss(heads.flag(outputs.visual)[..., 0], kind[batch.scene], batch, shown),
         patch=patch_loss(outputs.patches, heads, kind, offset),
+        words=_words_loss(heads.place(outputs.words), batch, size),
     )
 
 
@@ -101,10 +113,21 @@ def patch_labels(pixels: Tensor, size: int) -> tuple[Tensor, Tensor]:
     return kind.flatten(1), offset.flatten(1, 2)
 
 
-def _flag_loss(logits: Tensor, kind: Tensor, batch: Batch) -> Tensor:
+def _flag_loss(logits: Tensor, kind: Tensor, batch: Batch, shown: Tensor | None) -> Tensor:
     """Binary cross entropy over the patches of which something is known."""
-    kind = kind[batch.scene]
+    if shown is not None:
+        kind = kind.gather(1, shown)
     known = (kind >= 0) & (batch.named >= 0)[:, None]
     wanted = (kind == batch.named[:, None] + 1).float()
     loss = F.binary_cross_entropy_with_logits(logits, wanted, reduction='none')
     return (loss * known).sum() / known.sum().clamp(min=1)
+
+
+def _words_loss(told: Tensor, batch: Batch, size: int) -> Tensor:
+    """L1 in the images that show the named object; told [B, V*2] in image widths."""
+    place = batch.pixels[batch.scene] / size  # [B, V, O, 2]
+    index = batch.named.clamp(min=0)[:, None, None, None].expand(-1, place.shape[1], 1, 2)
+    place = place.gather(2, index)[:, :, 0]
+    shown = ((place > 0) & (place < 1)).all(dim=-1) & (batch.named >= 0)[:, None]
+    off = (told.view_as(place) - place.nan_to_num()).abs().mean(dim=-1) * (size / PATCH)
+    return (off * shown).sum() / shown.sum().clamp(min=1)

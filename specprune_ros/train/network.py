@@ -25,6 +25,7 @@ from specprune_ros.train.config import NetworkConfig
 
 ACTION_DIM = 7
 REGISTERS = 4
+WORDS_LAYER = 2  # by then the words are asked where in the images they are
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,14 +35,16 @@ class Outputs:
     Attributes:
         actions: [B, L, 7] normalised.
         stop: [B, C] final hidden state of the stop token, which no action is read from.
-        visual: [B, V*N, C] final hidden states of the patches.
+        visual: [B, K, C] final hidden states of the patches that were shown.
         patches: [I, V*N, C] what the projector makes of them.
+        words: [B, C] hidden states of the prompt after WORDS_LAYER, their mean.
     """
 
     actions: Tensor
     stop: Tensor
     visual: Tensor
     patches: Tensor
+    words: Tensor
 
 
 class Network(nn.Module):
@@ -88,7 +91,12 @@ class Network(nn.Module):
         return self.projector(features).unflatten(0, images.shape[:2]).flatten(1, 2)
 
     def forward(
-        self, images: Tensor, scene: Tensor, proprio: Tensor, ids: Sequence[tuple[int, ...]]
+        self,
+        images: Tensor,
+        scene: Tensor,
+        proprio: Tensor,
+        ids: Sequence[tuple[int, ...]],
+        shown: Tensor | None = None,
     ) -> Outputs:
         """Many sequences.
 
@@ -97,6 +105,7 @@ class Network(nn.Module):
             scene: [B] which scene each sequence shows.
             proprio: [B, P] normalised.
             ids: of every sequence, the prompt's ids and the stop token's.
+            shown: [B, K] ascending, which patches each sequence has; None for all.
         """
         patches = self.patches(images)
         state = self.proprio_projector(proprio)
@@ -106,33 +115,58 @@ class Network(nn.Module):
             some = (length == tokens).nonzero().flatten().tolist()
             rows = torch.tensor(some, device=scene.device)
             text = torch.tensor([ids[row] for row in some], device=scene.device)
-            parts.append(self._decode(patches[scene[rows]], state[rows], text))
+            some = None if shown is None else shown[rows]
+            parts.append(self._decode(patches[scene[rows]], state[rows], text, some))
             order.append(rows)
         back = torch.cat(order).argsort()
-        actions, stop, visual = (torch.cat(some)[back] for some in zip(*parts, strict=True))
-        return Outputs(actions, stop, visual, patches)
+        actions, stop, visual, words = (torch.cat(some)[back] for some in zip(*parts, strict=True))
+        return Outputs(actions, stop, visual, patches, words)
 
-    def _decode(self, patches: Tensor, state: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
+    def _decode(
+        self, patches: Tensor, state: Tensor, ids: Tensor, shown: Tensor | None
+    ) -> tuple[Tensor, ...]:
         """Sequences of one length; the order of tokens is OpenVLAOFT.embed's."""
         llama = self.language_model.model
         text = llama.embed_tokens(ids)
         count = self.horizon * ACTION_DIM
         zeros = text.new_zeros(len(text), count, text.shape[-1])
         parts = (text[:, :1], patches, state[:, None], text[:, 1:-1], zeros, text[:, -1:])
-        hidden = decode_batch(llama, torch.cat(parts, dim=1))
+        whole = torch.cat(parts, dim=1)
+        length, seen = whole.shape[1], patches.shape[1]
+        rows = torch.arange(length, device=whole.device).expand(len(whole), -1)
+        if shown is not None:
+            rows = torch.cat((rows[:, :1], 1 + shown, rows[:, 1 + seen :]), dim=1)
+            whole = whole.gather(1, rows[..., None].expand(-1, -1, whole.shape[-1]))
+            seen = shown.shape[1]
+        hidden, early = decode_batch(llama, whole, rows, length)
         head = hidden[:, -2 - count : -2]  # from the last prompt token on
         actions = self.action_head(head).unflatten(0, (len(text), self.horizon))
-        return actions, hidden[:, -1], hidden[:, 1 : 1 + patches.shape[1]]
+        words = early[:, 2 + seen : -1 - count].mean(dim=1)  # behind patches and proprioception
+        return actions, hidden[:, -1], hidden[:, 1 : 1 + seen], words
 
 
-def decode_batch(llama: nn.Module, hidden: Tensor) -> Tensor:
-    """[B, S, C] embeddings -> final hidden states; every token sees every token."""
+def decode_batch(
+    llama: nn.Module, hidden: Tensor, rows: Tensor, length: int
+) -> tuple[Tensor, Tensor]:
+    """Every token sees every token.
+
+    Args:
+        llama: the language model.
+        hidden: [B, K, C] embeddings.
+        rows: [B, K] each one's place in the whole sequence; it keeps it when others go.
+        length: of the whole sequence.
+
+    Returns:
+        [B, K, C] final hidden states, and [B, K, C] those after WORDS_LAYER.
+    """
     decoder = Decoder.of(llama, causal=False)
-    positions = torch.arange(hidden.shape[1], device=hidden.device)
-    rotary = decoder.rotary(positions, hidden.dtype)
-    for layer in decoder.layers:
+    every = decoder.rotary(torch.arange(length, device=hidden.device), hidden.dtype)
+    rotary = Rotary(every.cos[rows][:, None], every.sin[rows][:, None])
+    early = hidden
+    for number, layer in enumerate(decoder.layers, 1):
         hidden = _layer(layer, hidden, rotary, decoder.head_dim)
-    return _rms_norm(hidden, llama.norm)
+        early = hidden if number <= WORDS_LAYER else early
+    return _rms_norm(hidden, llama.norm), early
 
 
 def _layer(layer: nn.Module, hidden: Tensor, rotary: Rotary, head_dim: int) -> Tensor:
@@ -185,12 +219,14 @@ class AuxiliaryHeads(nn.Module):
     Args:
         width: C.
         objects: O, what a patch may show.
+        cameras: V.
     """
 
-    def __init__(self, width: int, objects: int):
+    def __init__(self, width: int, objects: int, cameras: int):
         super().__init__()
         self.kind = nn.Linear(width, objects + 1)
         self.offset = nn.Linear(width, 2)
         self.flag = nn.Linear(width, 1)
         self.target = nn.Linear(width, 3)
+        self.place = nn.Sequential(nn.RMSNorm(width), nn.Linear(width, 2 * cameras))
         nn.init.constant_(self.flag.bias, -math.log(100.0))  # about one patch in a hundred

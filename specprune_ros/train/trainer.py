@@ -20,8 +20,8 @@ from specprune_ros.errors import CheckpointError, ConfigError
 from specprune_ros.models import pick_device
 from specprune_ros.models.tokenizer import LlamaTokenizer
 from specprune_ros.sim.tasks import WITHHELD
-from specprune_ros.train.config import FitConfig, TrainConfig
-from specprune_ros.train.data import TrainingSet, draw_batch
+from specprune_ros.train.config import PATCH, FitConfig, TrainConfig
+from specprune_ros.train.data import TrainingSet, draw_batch, draw_shown
 from specprune_ros.train.gate import Gate, measure
 from specprune_ros.train.losses import losses_of, patch_labels, patch_loss
 from specprune_ros.train.network import AuxiliaryHeads, Network
@@ -29,7 +29,7 @@ from specprune_ros.train.vocabulary import write_tokenizer
 
 CHECKPOINT, CURVES = 'training.pt', 'curves.csv'
 COLUMNS = (
-    'step', 'seconds', 'rate', 'action', 'target', 'flag', 'patch',
+    'step', 'seconds', 'rate', 'action', 'target', 'flag', 'patch', 'words',
     'nearest', 'error_mm', 'action_error', 'heading_deg',
 )  # fmt: skip
 FIXED = ('tasks', 'proprio', 'horizon', 'withheld')  # of a run's data; more may be collected
@@ -64,7 +64,7 @@ class Trainer:
         self.network = Network(
             config.network, proprio_dim=len(config.data.proprio), horizon=config.data.horizon
         )
-        self.heads = AuxiliaryHeads(config.network.width, len(data.objects))
+        self.heads = AuxiliaryHeads(config.network.width, len(data.objects), len(data.cameras))
         self.device = pick_device(fit.device)
         for module in (self.network, self.heads):
             module.to(self.device)
@@ -152,8 +152,14 @@ class Trainer:
         )  # fmt: skip
         ids = [self.prompts[index] for index in batch.instruction.tolist()]
         batch = batch.to(self.device)
-        outputs = self.network(batch.images, batch.scene, batch.proprio, ids)
-        losses = losses_of(outputs, self.heads, batch, self.config.network.image_size)
+        size, shown = self.config.network.image_size, None
+        if fit.token_dropout:
+            shown = draw_shown(
+                self.step, seed=fit.seed, sequences=len(ids), dropout=fit.token_dropout,
+                patches=batch.images.shape[1] * (size // PATCH) ** 2,
+            ).to(self.device)  # fmt: skip
+        outputs = self.network(batch.images, batch.scene, batch.proprio, ids, shown)
+        losses = losses_of(outputs, self.heads, batch, size, shown)
         values = {f.name: getattr(losses, f.name) for f in dataclasses.fields(losses)}
         return {**values, 'total': losses.total(fit)}
 
