@@ -47,9 +47,13 @@ ARGUMENTS = {
     'robot': (
         '',
         'a file of config/robots, or a path; empty: libero_franka for a checkpoint, '
-        'libero_franka_3cam for the stand-in',
+        'libero_franka_3cam for a recording, else libero_small',
     ),
-    'model': ('', 'a file of config/models, or a path; empty: tiny, openvla_oft for a checkpoint'),
+    'model': (
+        '',
+        'a file of config/models, or a path; empty: openvla_oft for a checkpoint, the stand-in '
+        'tiny for a recording, else libero_small, which is for simulation',
+    ),
     'checkpoint': ('', "folder of the model's weights; empty: the model file's"),
     'unnorm_key': ('', "dataset in the checkpoint's statistics; empty: the model file's"),
     'pruning': ('specprune', 'a file of config/pruning, or a path'),
@@ -84,9 +88,13 @@ def config_file(axis: str, name: str) -> str:
 
 def parameter_files(value: dict[str, str]) -> list[str]:
     """Parameter files, later ones first in rank."""
-    stand_in = not value['checkpoint']
-    model = value['model'] or ('tiny' if stand_in else 'openvla_oft')
-    robot = value['robot'] or ('libero_franka_3cam' if stand_in else 'libero_franka')
+    if value['checkpoint']:
+        robot, model = 'libero_franka', 'openvla_oft'
+    elif value['recording']:
+        robot, model = 'libero_franka_3cam', 'tiny'
+    else:
+        robot, model = 'libero_small', 'libero_small'
+    robot, model = value['robot'] or robot, value['model'] or model
     files = [
         config_file('robots', robot),
         config_file('models', model),

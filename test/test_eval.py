@@ -22,6 +22,7 @@ from specprune_ros.sim.comparison import compare, discordant, mcnemar
 from specprune_ros.sim.conditions import CONDITIONS
 from specprune_ros.sim.evaluate import Conditioned, Plan, Result, pruning_of, read_results
 from specprune_ros.sim.film import STILL_FRAMES
+from specprune_ros.sim.found import share_left
 from specprune_ros.types import Mode, Observation, PolicyResult, PruneReport
 
 TASKS = ['object_shuffled/0', 'object_shuffled/1']
@@ -37,9 +38,14 @@ PLAN = Plan(params=('robots/libero_franka_3cam',), overrides=OVERRIDES, size=8)
 def result(task='a/0', method='dense', seed=0, success=True, **changes) -> Result:
     values = {
         'steps': 100, 'queries': 13, 'latency_ms': 20.0, 'kept': 0.3, 'static': 0.4, 'fine': 0.5,
-        'action_error': 0.01,
+        'action_error': 0.01, 'object_static': 0.9, 'object_kept': 0.8,
     }  # fmt: skip
     return Result(task=task, method=method, seed=seed, success=success, **{**values, **changes})
+
+
+# The wrist camera's 5 x 8 patches and the side camera's 6 x 10: one row of the first goes in
+# static pruning, another one later.
+WENT = np.concatenate([np.repeat((0, 2, 0, 5, 0), 8), np.zeros(60)]).astype(np.uint8)
 
 
 class Still:
@@ -59,7 +65,7 @@ class Still:
             mode=Mode.FINE, mode_reason='', tokens_total=np.array([40, 60]),
             tokens_static=np.array([20, 20]), tokens_kept=np.array([10, 20]),
             cameras=('wrist', 'side'), grid_rows=np.array([5, 6]), grid_cols=np.array([8, 10]),
-            reason=np.ones(100, np.uint8), pruned_after_layer=np.zeros(100, np.uint8),
+            reason=np.ones(100, np.uint8), pruned_after_layer=WENT, static_layer=2,
             latency_total_s=0.5 if observation.stamp_ns == 0 else 0.02,
         )  # fmt: skip
         chunk = SimpleNamespace(data=np.full((8, 7), self._action))
@@ -88,6 +94,45 @@ def worlds(monkeypatch):
     monkeypatch.setattr(evaluating, '_policy', policy)
     monkeypatch.setattr(evaluating, '_environment', environment)
     return ran
+
+
+class TestShareLeft:
+    def report(self) -> PruneReport:
+        return (
+            Still().infer(Observation(images={}, proprio=None, instruction='', stamp_ns=0)).report
+        )
+
+    @pytest.mark.parametrize(
+        ('centre', 'shares'),
+        [
+            ((4.0, 4.0), (2 / 3, 1 / 3)),  # the middle three of five rows
+            ((4.0, 1.0), (0.5, 0.5)),  # rows 0 and 1: one goes early
+            ((7.9, 5.5), (1.0, 0.5)),  # rows 2 and 3, at the edge: one goes late
+            ((8.0, 4.0), None),  # outside
+            ((np.nan, np.nan), None),  # behind the camera
+        ],
+    )
+    def test_patches_around_the_centre(self, centre, shares):
+        got = share_left(self.report(), {'wrist': np.array(centre)}, size=8)
+        if shares is None:
+            assert np.isnan(got).all()
+        else:
+            assert got == pytest.approx(shares)
+
+    def test_all_cameras_that_see_it_count(self):
+        centres = {'wrist': np.array([4.0, 1.0]), 'side': np.array([4.0, 4.0])}
+        alone = share_left(self.report(), {'side': centres['side']}, size=8)
+        assert alone == (1.0, 1.0)
+        both = share_left(self.report(), centres, size=8)
+        assert 0.5 < both[0] < 1.0
+
+    def test_a_task_that_the_expert_does_not_know_has_none(self, tmp_path, worlds, monkeypatch):
+        monkeypatch.setattr(evaluating, 'SKILLS', {})
+        (one,) = evaluating.evaluate(tmp_path, PLAN, [(TASKS[0], 'dense', 0)], workers=0)
+        assert np.isnan((one.object_static, one.object_kept)).all()
+        assert np.isnan(read_results(tmp_path)[0].object_kept)
+        (cell,) = compare([one, result()], 'dense')[:1]
+        assert cell.object_static == 0.9, 'the mean of those that have one'
 
 
 class TestMcNemar:
@@ -231,6 +276,7 @@ class TestEvaluate:
             assert (one.steps, one.queries, one.success) == (12, 2, False)
             assert (one.kept, one.static, one.fine) == (0.3, 0.4, 1.0)
             assert one.latency_ms == 20.0, 'without the first query'
+            assert (one.object_static, one.object_kept) == (0.66667, 0.33333)
             assert one.action_error == (0.25 if one.method == 'specprune' else 0.0)
         assert read_results(tmp_path) == results
 

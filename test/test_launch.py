@@ -136,6 +136,18 @@ def test_vla_with_a_replay_and_a_streamer_that_holds_still(world):
         assert 'Traceback' not in launched.output()
 
 
+@pytest.mark.slow
+def test_without_arguments_the_model_that_ships_is_there(world):
+    with Launched('vla', namespace=NAMESPACE) as launched:
+        world.target = 'vla_node'
+        client = type(world.lifecycle)(world, world.target)
+        client.wait(40.0)
+        launched.wait_for(lambda: client.state() == 'active')
+        assert world.get_parameter_value('model.checkpoint') == 'shipped/libero_small'
+        assert world.get_parameter_value('runtime.dry_run') is True
+        assert launched.stop() == 0, launched.output()
+
+
 def ros2(*words: str, seconds: float = 30.0) -> str:
     """What a `ros2` command prints; one that goes on is interrupted."""
     with subprocess.Popen(
@@ -177,6 +189,8 @@ def test_what_died_comes_back_unconfigured_and_dry(world):
     """Even after dry_run:=false: the command line of a second life is not that of the first."""
     arguments = {
         'namespace': NAMESPACE,
+        'robot': 'libero_franka_3cam',
+        'model': 'tiny',
         'stream': 'twist',
         'respawn': 'true',
         'dry_run': 'false',

@@ -13,6 +13,7 @@ from openvla_world import FOLDER, HEAD, MODEL, PROPRIO, assemble  # noqa: E402
 from ros_world import (  # noqa: E402
     CAMERAS,
     FAST_NODE,
+    START_S,
     NodeProcess,
     domain_fixture,
     refuse_to_configure,
@@ -81,6 +82,24 @@ def test_broken_then_mended_then_every_method(folder, tmp_path):
         assert sum(world.reports[-1].tokens_kept) == len(CAMERAS) * 256
         assert process.stop()[0] == 0
     world.destroy_node()
+
+
+@pytest.mark.slow
+def test_what_ships_moves_no_real_arm(world):
+    """It knows a simulator: without simulated time it is configured for a dry run alone."""
+    values = {
+        **parameters('shipped/libero_small'), 'model.center_crop': False, 'runtime.dry_run': False,
+    }  # fmt: skip
+    with NodeProcess('vla_node', values) as process:
+        refuse_to_configure(world)
+        assert 'runtime.dry_run = False: shipped/libero_small is for simulated' in process.output()
+        assert world.set_parameter('runtime.dry_run', True)[0]
+        assert world.lifecycle.change('configure'), process.output()
+        assert process.stop()[0] == 0
+    with NodeProcess('vla_node', {**values, 'use_sim_time': True}) as process:
+        world.lifecycle.wait(START_S)
+        assert world.lifecycle.change('configure'), process.output()
+        assert process.stop()[0] == 0
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ import dataclasses
 import subprocess
 import sys
 from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -65,6 +66,8 @@ class World:
         unsolvable: seeds at which the goal counts as missed whatever happens.
     """
 
+    cameras = ('wrist', 'side')
+
     def __init__(self, name: str = TASK, slips: int = 0, unsolvable: tuple[int, ...] = ()):
         self.task = find_task(name)
         self.skill = skill_of(self.task)
@@ -118,6 +121,10 @@ class World:
         image = np.full((8, 8, 3), self._step % 256, np.uint8)
         image[0] = 255  # the top row
         return {'wrist': image, 'side': image}
+
+    def pixels(self, names: Sequence[str]) -> np.ndarray:
+        """The wrist camera sees it in its middle, the other one not at all."""
+        return np.array([[[4.0, 4.0]] * len(names), [[-5.0, 4.0]] * len(names)])
 
     def observation(self, joint_names: tuple[str, ...] = ()) -> Observation:
         return Observation(

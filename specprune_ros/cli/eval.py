@@ -165,7 +165,7 @@ def cell_table(cells: Sequence[Cell], condition: str) -> Table:
     table = Table(title='success' if condition == 'normal' else f'success, {condition}')
     for name in (
         'task', 'method', 'success', '95 %', 'won, lost', 'p', 'steps', 'ms', 'static', 'kept',
-        'fine', 'error',
+        'object', 'fine', 'error',
     ):  # fmt: skip
         table.add_column(name, justify='left' if name in ('task', 'method') else 'right')
     for cell in cells:
@@ -180,10 +180,15 @@ def cell_table(cells: Sequence[Cell], condition: str) -> Table:
             f'{cell.latency_ms:.1f}',
             f'{cell.static:.0%}',
             f'{cell.kept:.0%}',
+            _shares(cell.object_static, cell.object_kept),
             f'{cell.fine:.0%}',
             f'{cell.action_error:.3f}',
         )
     return table
+
+
+def _shares(static: float, kept: float) -> str:
+    return '' if math.isnan(static) else f'{static:.0%}, {kept:.0%}'
 
 
 def _plain(cell: Cell) -> dict[str, object]:

@@ -42,6 +42,7 @@ from specprune_ros.ros.vla_once import InferOnceServer, OnceContext
 from specprune_ros.ros.vla_outputs import StatusPublisher
 from specprune_ros.ros.vla_pipeline import Pipeline, Surroundings
 from specprune_ros.ros.vla_watch import WATCH_S, Watchdogs
+from specprune_ros.shipped import PREFIX
 from specprune_ros.tasks import NodeState, TaskEnd, TaskMachine
 from specprune_ros.worker import InferenceWorker, LoadingThread, fault_code
 
@@ -152,6 +153,7 @@ class VlaNode(ManagedNode):
     def _set_up(self) -> None:
         config = self._settings.read()
         self._check_topics(config)
+        self._check_place(config)
         # A thread that is given up must not hold the node, see process.py.
         load, health = self._load, self._health
         self._loading = LoadingThread(lambda: loaded(load, config, health))
@@ -198,6 +200,13 @@ class VlaNode(ManagedNode):
                 validate_topic_name(topic)
             except InvalidTopicNameException as error:
                 raise ConfigError('robot.camera_topics', topic, str(error)) from error
+
+    def _check_place(self, config: PolicyConfig) -> None:
+        """What ships with this package has seen no real arm, and moves none."""
+        folder, simulated = config.model.checkpoint, self.get_parameter('use_sim_time').value
+        if folder.startswith(PREFIX) and not (config.runtime.dry_run or simulated):
+            why = f'{folder} is for simulated arms: it needs use_sim_time'
+            raise ConfigError('runtime.dry_run', False, why)
 
     def _take(self, config: PolicyConfig, policy: Policy) -> None:
         self._pipeline = Pipeline(self, config, policy, self._around)

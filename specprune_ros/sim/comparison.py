@@ -25,6 +25,7 @@ class Cell:
         steps: of the successful ones, mean; NaN without.
         latency_ms: of a query, median over episodes.
         kept, static, fine, action_error: see Result, means.
+        object_static, object_kept: likewise, of the episodes that have them.
         won, lost: episodes that only this method, or only the reference, solved; None for the
             reference itself.
         p_value: two-sided, of the exact test on these; None likewise.
@@ -42,6 +43,8 @@ class Cell:
     static: float
     fine: float
     action_error: float
+    object_static: float
+    object_kept: float
     won: int | None
     lost: int | None
     p_value: float | None
@@ -83,6 +86,8 @@ def _cell(task: str, results: Sequence[Result], method: str, reference: str) -> 
         static=_mean([one.static for one in mine]),
         fine=_mean([one.fine for one in mine]),
         action_error=_mean([one.action_error for one in mine]),
+        object_static=_mean([x for one in mine if not math.isnan(x := one.object_static)]),
+        object_kept=_mean([x for one in mine if not math.isnan(x := one.object_kept)]),
         won=won,
         lost=lost,
         p_value=p_value,

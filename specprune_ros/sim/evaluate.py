@@ -31,10 +31,11 @@ from specprune_ros.shipped import PREFIX, find_checkpoint
 from specprune_ros.sim.closed_loop import LiberoTask, check_robot
 from specprune_ros.sim.conditions import CONDITIONS
 from specprune_ros.sim.film import Filmed
+from specprune_ros.sim.found import share_left
 from specprune_ros.sim.libero import LiberoEnv
-from specprune_ros.sim.tasks import find_task
+from specprune_ros.sim.tasks import SKILLS, find_task
 from specprune_ros.sim.workers import in_workers
-from specprune_ros.types import ExecutedAction, Mode, Observation, PolicyResult
+from specprune_ros.types import ExecutedAction, Mode, Observation, PolicyResult, PruneReport
 
 PLAN, EPISODES = 'evaluation.json', 'episodes.csv'
 DENSE = 'dense'
@@ -89,6 +90,9 @@ class Result:
         fine: share of the queries in fine mode.
         action_error: mean absolute difference from what a dense inference on the same observation
             gives, over all queries, in the units of the actions (-1..1 in LIBERO).
+        object_static, object_kept: share left of the patches that show the object to pick, after
+            static pruning and at the end, mean over the queries in which a camera sees it; NaN for
+            a task that the expert does not know.
     """
 
     task: str
@@ -102,6 +106,8 @@ class Result:
     static: float
     fine: float
     action_error: float
+    object_static: float
+    object_kept: float
 
 
 Job = tuple[str, str, int]  # task, method, seed
@@ -143,11 +149,13 @@ class Conditioned:
         task: its name.
         dense: is asked the same, to compare; None: nobody is.
         rendering_s: how long the simulator has rendered so far.
+        found: of a query's report, what `found.share_left` says.
 
     Attributes:
         results: of every query since the reset.
         seconds: of every query, without what was rendered while it looked at images.
         errors: of every query: mean absolute difference of its actions from the dense ones.
+        shares: of every query: what is left of the object, after static pruning and at the end.
     """
 
     def __init__(
@@ -157,13 +165,16 @@ class Conditioned:
         task: str,
         dense: Driven | None = None,
         rendering_s: Callable[[], float] = lambda: 0.0,
+        found: Callable[[PruneReport], tuple[float, float]] = lambda report: (np.nan, np.nan),
     ):
-        self._policy, self._dense, self._rendering_s = policy, dense, rendering_s
+        self._policy, self._dense = policy, dense
+        self._rendering_s, self._found = rendering_s, found
         self._condition = CONDITIONS[condition]
         self._task = task
         self.results: list[PolicyResult] = []
         self.seconds: list[float] = []
         self.errors: list[float] = []
+        self.shares: list[tuple[float, float]] = []
 
     @property
     def config(self) -> PolicyConfig:
@@ -173,7 +184,8 @@ class Conditioned:
     def reset(self) -> None:
         """A new episode begins."""
         self._policy.reset()
-        self.results.clear(), self.seconds.clear(), self.errors.clear()
+        for noted in (self.results, self.seconds, self.errors, self.shares):
+            noted.clear()
 
     def infer(self, observation: Observation) -> PolicyResult:
         """One query."""
@@ -186,6 +198,7 @@ class Conditioned:
         if self._dense is not None:
             wanted = self._dense.infer(given).chunk.data
             self.errors.append(float(np.abs(result.chunk.data - wanted).mean()))
+        self.shares.append(self._found(result.report))
         return result
 
     def observe_executed(
@@ -219,12 +232,25 @@ def run_episode(plan: Plan, job: Job, film: Path | None = None) -> Result:
     env.disturb(CONDITIONS[plan.condition].scene, seed)
     dense = None if method == DENSE else _policy(_Frozen(plan), DENSE)
     policy = Conditioned(
-        _policy(_Frozen(plan), method), plan.condition, task, dense, lambda: env.rendering_s
+        _policy(_Frozen(plan), method),
+        plan.condition,
+        task,
+        dense,
+        rendering_s=lambda: env.rendering_s,
+        found=functools.partial(_found, env, plan.size),
     )
     with contextlib.ExitStack() as stack:
         driven = stack.enter_context(Filmed(policy, film)) if film else policy
         (end,) = LiberoTask(env, config.robot, plan.open_loop_steps).run(driven, seed)
     return result_of(job, end, policy)
+
+
+def _found(env: LiberoEnv, size: int, report: PruneReport) -> tuple[float, float]:
+    """What is left of the object to pick, in the state that the query saw."""
+    if env.task.name not in SKILLS:
+        return np.nan, np.nan
+    centres = env.pixels([SKILLS[env.task.name].pick])[:, 0]
+    return share_left(report, dict(zip(env.cameras, centres, strict=True)), size)
 
 
 def result_of(job: Job, end: Mapping[str, float], policy: Conditioned) -> Result:
@@ -239,6 +265,8 @@ def result_of(job: Job, end: Mapping[str, float], policy: Conditioned) -> Result
     reports = [result.report for result in policy.results]
     times = [1e3 * seconds for seconds in policy.seconds]
     total = [report.tokens_total.sum() for report in reports]
+    shares = np.array([some for some in policy.shares if np.isfinite(some).all()])
+    object_static, object_kept = shares.mean(axis=0).round(5) if len(shares) else (np.nan, np.nan)
     return Result(
         task=task,
         method=method,
@@ -251,6 +279,8 @@ def result_of(job: Job, end: Mapping[str, float], policy: Conditioned) -> Result
         static=_mean([r.tokens_static.sum() / n for r, n in zip(reports, total, strict=True)]),
         fine=_mean([r.mode == Mode.FINE for r in reports]),
         action_error=_mean(policy.errors) if policy.errors else 0.0,
+        object_static=float(object_static),
+        object_kept=float(object_kept),
     )
 
 
@@ -404,7 +434,9 @@ def read_results(folder: Path) -> list[Result]:
 def _result(path: Path, row: dict[str, str]) -> Result:
     try:
         whole = {name: int(row[name]) for name in ('seed', 'steps', 'queries')}
-        names = ('latency_ms', 'kept', 'static', 'fine', 'action_error')
+        names = (
+            'latency_ms', 'kept', 'static', 'fine', 'action_error', 'object_static', 'object_kept',
+        )  # fmt: skip
         real = {name: float(row[name]) for name in names}
         success = bool(int(row['success']))
         return Result(task=row['task'], method=row['method'], success=success, **whole, **real)
