@@ -7,9 +7,11 @@ import signal
 import numpy as np
 import pytest
 import torch
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from specprune_ros.cli import main
 from specprune_ros.config_files import load_config
 from specprune_ros.errors import CheckpointError, ConfigError
 from specprune_ros.models.base import Prompt
@@ -424,6 +426,37 @@ def test_a_step_stays_on_its_device(data):
     outputs = network(batch.images, batch.scene, batch.proprio, ids, shown)
     losses_of(outputs, heads, batch, SIZE, shown).total(FIT).backward()
     assert network.projector.fc1.weight.grad.is_meta
+
+
+class TestCommand:
+    def arguments(self, folders, out, **fit) -> list[str]:
+        fit = {**dataclasses.asdict(FIT), **fit}
+        axes = {
+            'data': dataclasses.asdict(data_config(folders)),
+            'network': dataclasses.asdict(NETWORK),
+            'fit': fit,
+        }
+        parameters = {
+            axis: {k: list(v) if isinstance(v, tuple) else v for k, v in values.items() if v != ()}
+            for axis, values in axes.items()
+        }
+        path = out / 'run.yaml'
+        path.write_text(yaml.safe_dump({'/**': {'ros__parameters': parameters}}))
+        return ['train', '--params', str(path), '--out', str(out / 'run')]
+
+    def test_networks_on_the_way_are_kept_where_asked(self, folders, tmp_path, capsys):
+        assert main(self.arguments(folders, tmp_path, gate_every=2, keep=(2,))) == 0
+        assert 'step 4 of 4' in capsys.readouterr().out
+        early, late = tmp_path / 'run' / 'step_2', tmp_path / 'run' / 'checkpoint'
+        assert not (tmp_path / 'run' / 'step_4').exists()
+        assert {path.name for path in early.iterdir()} >= {PARAMS, 'config.json'}
+        before, after = ((folder / 'model.safetensors').read_bytes() for folder in (early, late))
+        assert before != after
+        assert '2 of 4 steps' in (early / 'README.md').read_text()
+
+    def test_a_step_that_is_not_measured_cannot_be_kept(self, folders, tmp_path, capsys):
+        assert main(self.arguments(folders, tmp_path, gate_every=2, keep=(3,))) != 0
+        assert 'fit.keep' in capsys.readouterr().err
 
 
 class TestExport:

@@ -45,6 +45,8 @@ def run(arguments: argparse.Namespace) -> int:
     def report(trainer: Trainer, gate: Gate) -> None:
         console.print(line(trainer, gate), soft_wrap=True)
         draw_curves(arguments.out)
+        if trainer.step in config.fit.keep:
+            export(trainer, arguments.out / f'step_{trainer.step}', gate)
 
     if not arguments.export_only:
         trainer.run(report)

@@ -108,10 +108,17 @@ class FitConfig:
     threads: int = setting(1, 'threads of torch', low=1)
     gate_every: int = setting(250, 'steps between measurements on held-out scenes', low=1)
     gate_scenes: int = setting(200, 'held-out scenes of a measurement', low=1)
+    keep: tuple[int, ...] = setting(
+        (),
+        'steps whose network is written as well, as a checkpoint folder beside the last one',
+        low=1,
+    )
     save_every_s: float = setting(300.0, 'between checkpoints', low=0.0, unit='s')
 
     def __post_init__(self) -> None:
         check_fields('fit', self)
+        if late := [step for step in self.keep if step % self.gate_every]:
+            raise ConfigError('fit.keep', late, f'no multiple of gate_every = {self.gate_every}')
 
 
 @dataclass(frozen=True, kw_only=True)
