@@ -19,6 +19,7 @@ from specprune_ros.models.openvla_checkpoint import load
 from specprune_ros.models.openvla_folder import Folder
 from specprune_ros.models.tokenizer import LlamaTokenizer
 from specprune_ros.policy import Policy
+from specprune_ros.shipped import PARAMS
 from specprune_ros.sim.dataset import (
     Episode,
     Recipe,
@@ -32,7 +33,7 @@ from specprune_ros.sim.state import ACTION_NAMES, PROPRIO_NAMES
 from specprune_ros.sim.tasks import BASKET, SHUFFLE
 from specprune_ros.train.config import DataConfig, FitConfig, NetworkConfig, TrainConfig
 from specprune_ros.train.data import draw_batch, draw_shown, load_training_set
-from specprune_ros.train.export import PARAMS, export
+from specprune_ros.train.export import export
 from specprune_ros.train.losses import losses_of, patch_labels
 from specprune_ros.train.network import AuxiliaryHeads, Network, decode_batch
 from specprune_ros.train.trainer import CHECKPOINT, CURVES, Trainer

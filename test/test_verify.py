@@ -18,6 +18,7 @@ from specprune_ros.cli import COMMANDS, main
 from specprune_ros.cli.info import counted
 from specprune_ros.config_files import load_config
 from specprune_ros.errors import ConfigError
+from specprune_ros.shipped import find_checkpoint
 from specprune_ros.verify import StoredPrompt, for_reference, tensor_error, without_tf32
 
 FILM = 'film/vision_backbone--150000_checkpoint.pt'
@@ -406,6 +407,24 @@ def test_info_of_a_folder_that_fits_nothing_says_so(make, capsys):
 
 
 @golden
+def test_info_of_a_folder_with_its_own_parameters_takes_them(capsys):
+    code, out = info('shipped/libero_small', capsys)
+    assert code == 0
+    assert 'wrist, side, overhead, 112 x 112 (params.yaml)' in out
+    assert '8 steps (params.yaml)' in out
+    (launch,) = launches(out)
+    folder = find_checkpoint('shipped/libero_small').resolve()
+    assert launch.split()[-2:] == [f'checkpoint:={folder}', f'params_file:={folder}/params.yaml']
+
+
+def test_info_of_a_folder_with_broken_parameters_says_so(make, capsys):
+    folder = make(HEAD)
+    (folder / 'params.yaml').write_text('/**: {ros__parameters: {robot: {horizon: -1}}}')
+    code, out = info(folder, capsys)
+    assert code == 1
+    assert 'robot.horizon = -1' in out
+
+
 def test_info_counts_parameters_to_the_last_one(make, capsys):
     folder = make(HEAD, PROPRIO)
     weights = load_file(folder / MODEL)

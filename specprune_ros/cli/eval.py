@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from specprune_ros.cli.options import add_config_arguments, at_least, overrides_from
 from specprune_ros.errors import ConfigError
-from specprune_ros.shipped import find_checkpoint
+from specprune_ros.shipped import PARAMS, find_checkpoint
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from specprune_ros.sim.comparison import Cell
     from specprune_ros.sim.evaluate import Plan
 
-PARAMS = 'params.yaml'
 WIDTH = 120  # columns where the output is no terminal
 
 

@@ -168,10 +168,10 @@ def policy_config(checkpoint: str) -> PolicyConfig:
         ConfigError: it has none, or a bad one.
         CheckpointError: nothing of that name is shipped.
     """
-    from specprune_ros.shipped import find_checkpoint
+    from specprune_ros.shipped import PARAMS, find_checkpoint
 
     fixed = {'model.checkpoint': checkpoint, 'model.threads': 1, 'pruning.method': 'none'}
-    return load_config([find_checkpoint(checkpoint) / 'params.yaml'], fixed)
+    return load_config([find_checkpoint(checkpoint) / PARAMS], fixed)
 
 
 @functools.lru_cache(maxsize=1)  # building one takes seconds; jobs come ordered by task

@@ -18,6 +18,7 @@ from torch import Tensor
 from specprune_ros.config import PruneConfig
 from specprune_ros.models.openvla_folder import MEANS, OVERRIDES, STDS
 from specprune_ros.models.openvla_oft import Bounds
+from specprune_ros.shipped import PARAMS
 from specprune_ros.sim.state import ACTION_NAMES, STEP_NS
 from specprune_ros.train.config import PATCH, NetworkConfig
 from specprune_ros.train.data import TrainingSet
@@ -26,7 +27,6 @@ from specprune_ros.train.network import llama_sizes
 from specprune_ros.train.trainer import Trainer
 from specprune_ros.train.vocabulary import FILE as TOKENIZER
 
-PARAMS = 'params.yaml'
 DATASET = 'specprune_sim'  # key of the statistics
 PAPER_PATCHES = 256  # per camera, for which the K of PruneConfig are counted
 
