@@ -46,7 +46,9 @@ if [ "$(cat .venv-sim/specprune_ros_stamp 2>/dev/null)" != "$wanted" ]; then
   # Packages that both have come from .venv-sim, which stands first.
   site=lib/python$version/site-packages
   printf '%s\n' "$root/.venv/$site" "$root" >".venv-sim/$site/specprune_ros.pth"
-  cat >.venv-sim/bin/specprune <<EOF
+  echo "$wanted" >.venv-sim/specprune_ros_stamp
+fi
+cat >.venv-sim/bin/specprune <<EOF
 #!$root/.venv-sim/bin/python
 import os
 import pathlib
@@ -57,11 +59,10 @@ os.environ.setdefault('MUJOCO_GL', renderer.read_text().strip())
 
 from specprune_ros.cli import main
 
-sys.exit(main())
+if __name__ == '__main__':  # workers run this file as well
+    sys.exit(main())
 EOF
-  chmod +x .venv-sim/bin/specprune
-  echo "$wanted" >.venv-sim/specprune_ros_stamp
-fi
+chmod +x .venv-sim/bin/specprune
 
 # Rendering needs libraries of the system.
 renders() {

@@ -2,6 +2,9 @@
 
 import contextlib
 import dataclasses
+import os
+import re
+import runpy
 import subprocess
 import sys
 from collections import deque
@@ -705,6 +708,26 @@ def test_ablate_refuses_a_task_that_is_none(tmp_path, capsys):
     assert main(['ablate', '--task', 'no/1', '--out', str(tmp_path / 'x')]) == 2
     assert 'libero_goal/0..9' in capsys.readouterr().err
     assert not (tmp_path / 'x').exists()
+
+
+def test_the_simulators_command_can_be_imported_by_its_workers(tmp_path, monkeypatch):
+    """A spawned process runs the file of its parent's main module under another name."""
+    text = (Path(__file__).parent.parent / 'scripts' / 'setup_sim.sh').read_text()
+    script = re.search(r'cat >\.venv-sim/bin/specprune <<EOF\n(.*?)\nEOF\n', text, re.DOTALL)
+    command = tmp_path / 'specprune'
+    command.write_text(script[1].replace('#!$root', '#!'))
+    (tmp_path / 'specprune_ros_gl').write_text('egl')
+    ran = []
+    monkeypatch.setattr(sys, 'prefix', str(tmp_path))
+    monkeypatch.setattr('specprune_ros.cli.main', lambda: ran.append('main') or 0)
+    monkeypatch.setenv('MUJOCO_GL', '')  # so that it is as before afterwards
+    monkeypatch.delenv('MUJOCO_GL')
+    runpy.run_path(str(command), run_name='__mp_main__')
+    assert ran == []
+    assert os.environ['MUJOCO_GL'] == 'egl', 'its workers render as well'
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(command), run_name='__main__')
+    assert (ran, end.value.code) == (['main'], 0)
 
 
 @pytest.fixture(scope='module')
