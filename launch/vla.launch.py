@@ -38,7 +38,7 @@ from lifecycle_msgs.msg import Transition
 
 from launch import LaunchContext, LaunchDescription
 from specprune_ros.config_files import load_config
-from specprune_ros.shipped import PREFIX
+from specprune_ros.shipped import PREFIX, own_params
 
 SHARE = get_package_share_directory('specprune_ros')
 RESPAWN_DELAY_S = 2.0
@@ -46,13 +46,13 @@ STREAMS = ('none', 'chunk', 'joint_trajectory', 'twist', 'pose')
 ARGUMENTS = {
     'robot': (
         '',
-        'a file of config/robots, or a path; empty: libero_franka for a checkpoint, '
-        'libero_franka_3cam for a recording, else libero_small',
+        'a file of config/robots, or a path; empty: libero_franka for a checkpoint, unless its '
+        'folder has a params.yaml; libero_franka_3cam for a recording, else libero_small',
     ),
     'model': (
         '',
         'a file of config/models, or a path; empty: openvla_oft for a checkpoint, the stand-in '
-        'tiny for a recording, else libero_small, which is for simulation',
+        'tiny for a recording or another robot, else libero_small, which is for simulation',
     ),
     'checkpoint': ('', "folder of the model's weights; empty: the model file's"),
     'unnorm_key': ('', "dataset in the checkpoint's statistics; empty: the model file's"),
@@ -88,16 +88,19 @@ def config_file(axis: str, name: str) -> str:
 
 def parameter_files(value: dict[str, str]) -> list[str]:
     """Parameter files, later ones first in rank."""
+    robot, model = value['robot'], value['model']
+    own = None
     if value['checkpoint']:
-        robot, model = 'libero_franka', 'openvla_oft'
-    elif value['recording']:
-        robot, model = 'libero_franka_3cam', 'tiny'
+        model = model or 'openvla_oft'
+        own = None if robot else own_params(value['checkpoint'])
+        robot = robot or 'libero_franka'
+    elif robot or model or value['recording']:
+        robot, model = robot or 'libero_franka_3cam', model or 'tiny'
     else:
-        robot, model = 'libero_small', 'libero_small'
-    robot, model = value['robot'] or robot, value['model'] or model
-    files = [
-        config_file('robots', robot),
-        config_file('models', model),
+        robot = model = 'libero_small'
+    files = [config_file('robots', robot), config_file('models', model)]
+    files += [str(own)] if own else []
+    files += [
         config_file('pruning', value['pruning']),
         os.path.join(SHARE, 'config', 'node.yaml'),
     ]

@@ -8,9 +8,10 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 out=${SPECPRUNE_EVIDENCE:-out/evidence}
 bash scripts/setup_sim.sh
+cores=$(nproc) # which goes by OMP_NUM_THREADS where that is set
 MUJOCO_GL=$(cat .venv-sim/specprune_ros_gl)
 export MUJOCO_GL PYOPENGL_PLATFORM=$MUJOCO_GL LP_NUM_THREADS=1 OMP_NUM_THREADS=1
-specprune=.venv-sim/bin/specprune cores=$(nproc)
+specprune=.venv-sim/bin/specprune
 
 SHUFFLED=(object_shuffled/{0..3})
 GOALS=(libero_goal/{1,4,6,8})

@@ -131,6 +131,24 @@ def _flatten(prefix: str, tree: Mapping, flat: dict[str, object]) -> None:
             flat[f'{prefix}{key}'] = value
 
 
+def write_parameter_file(path: Path, sections: Mapping[str, Mapping]) -> None:
+    """The other way round: node name, or '/**', -> names -> values, or -> names -> ... .
+
+    Strings are quoted: ROS reads YAML 1.1, in which a bare y is a boolean.
+    """
+    tree = {node: {'ros__parameters': values} for node, values in sections.items()}
+    path.write_text(yaml.dump(tree, sort_keys=False, Dumper=_Quoting))
+
+
+class _Quoting(yaml.SafeDumper):
+    """Dumps every string value in quotes."""
+
+
+_Quoting.add_representer(
+    str, lambda dumper, text: dumper.represent_scalar('tag:yaml.org,2002:str', text, style="'")
+)
+
+
 def find_config(name: str | Path) -> Path:
     """The path of a parameter file: as given, or one that ships with the package.
 

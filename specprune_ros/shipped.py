@@ -16,6 +16,21 @@ def shipped_names() -> list[str]:
     return sorted(path.parent.name for path in FOLDER.glob('*/config.json'))
 
 
+def is_shipped(name: str | Path) -> bool:
+    """Whether a folder is one of this package, by its name or by its path."""
+    return find_checkpoint(name).resolve().is_relative_to(FOLDER.resolve())
+
+
+def own_params(name: str | Path) -> Path | None:
+    """The parameter file that `specprune train` left in a folder; None where there is none.
+
+    Raises:
+        CheckpointError: nothing of that name is shipped.
+    """
+    path = find_checkpoint(name).resolve() / PARAMS
+    return path if path.is_file() and 'ros__parameters' in path.read_text() else None
+
+
 def find_checkpoint(name: str | Path) -> Path:
     """The folder that a name stands for: a path, or PREFIX and the name of a shipped one.
 

@@ -12,8 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from specprune_ros.config import AXES, PolicyConfig, PruneConfig, RobotConfig
-from specprune_ros.config_files import find_config, from_mapping, load_config, parameter_names
+from specprune_ros.config_files import (
+    find_config,
+    from_mapping,
+    load_config,
+    parameter_names,
+    write_parameter_file,
+)
 from specprune_ros.errors import ConfigError
+from specprune_ros.shipped import PREFIX, own_params, shipped_names
 
 CONFIG = Path(__file__).parent.parent / 'config'
 SHIPPED = sorted(
@@ -336,6 +343,24 @@ def test_shipped_file_quotes_what_ros_reads_as_boolean(name):
 )
 def test_bare_booleans_are_found(text, found):
     assert bare_booleans(text) == found
+
+
+STRINGS = st.one_of(st.sampled_from(['y', 'N', 'on', 'Off', 'no', '1', '']), st.text())
+
+
+@given(st.lists(STRINGS, min_size=1), STRINGS)
+def test_a_written_file_is_read_back_and_quotes_its_strings(tmp_path_factory, names, text):
+    path = tmp_path_factory.mktemp('written') / 'params.yaml'
+    written = {'robot': {'action_names': names}, 'pruning': {'method': text, 'alpha': 0.5}}
+    write_parameter_file(path, {'/**': written})
+    assert yaml.safe_load(path.read_text()) == {'/**': {'ros__parameters': written}}
+    assert bare_booleans(path.read_text()) == []
+
+
+@pytest.mark.parametrize('name', shipped_names())
+def test_a_shipped_checkpoints_parameters_can_be_read_by_ros(name):
+    text = own_params(f'{PREFIX}{name}').read_text()
+    assert bare_booleans(text) == []
 
 
 # Files in general ------------------------------------------------------------------------------

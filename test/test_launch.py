@@ -137,13 +137,27 @@ def test_vla_with_a_replay_and_a_streamer_that_holds_still(world):
 
 
 @pytest.mark.slow
-def test_without_arguments_the_model_that_ships_is_there(world):
-    with Launched('vla', namespace=NAMESPACE) as launched:
+@pytest.mark.parametrize(
+    ('arguments', 'model', 'robot'),
+    [
+        ({}, ('openvla_oft', 'shipped/libero_small'), ['wrist', 'side', 'overhead']),
+        ({'robot': 'aloha'}, ('tiny', ''), ['cam_high', 'cam_left_wrist', 'cam_right_wrist']),
+        (
+            {'checkpoint': 'shipped/libero_small'},
+            ('openvla_oft', 'shipped/libero_small'),
+            ['wrist', 'side', 'overhead'],
+        ),
+    ],
+)
+def test_what_is_not_named_follows_from_what_is(world, arguments, model, robot):
+    with Launched('vla', namespace=NAMESPACE, **arguments) as launched:
         world.target = 'vla_node'
         client = type(world.lifecycle)(world, world.target)
         client.wait(40.0)
         launched.wait_for(lambda: client.state() == 'active')
-        assert world.get_parameter_value('model.checkpoint') == 'shipped/libero_small'
+        named = [world.get_parameter_value(f'model.{name}') for name in ('name', 'checkpoint')]
+        assert tuple(named) == model
+        assert list(world.get_parameter_value('robot.camera_names')) == robot
         assert world.get_parameter_value('runtime.dry_run') is True
         assert launched.stop() == 0, launched.output()
 

@@ -22,7 +22,10 @@ from ros_world import (  # noqa: E402
 from task_world import TaskWorld  # noqa: E402
 from test_tokenizer import llama_json  # noqa: E402
 
+from specprune_ros.shipped import find_checkpoint  # noqa: E402
+
 pytestmark = [pytest.mark.ros, pytest.mark.golden, pytest.mark.timeout(180)]
+SHIPPED = 'shipped/libero_small'
 ELEMENTS = [f'e{index}' for index in range(8)]
 
 
@@ -85,14 +88,15 @@ def test_broken_then_mended_then_every_method(folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_what_ships_moves_no_real_arm(world):
+@pytest.mark.parametrize('folder', [SHIPPED, find_checkpoint(SHIPPED)])
+def test_what_ships_moves_no_real_arm(world, folder):
     """It knows a simulator: without simulated time it is configured for a dry run alone."""
     values = {
-        **parameters('shipped/libero_small'), 'model.center_crop': False, 'runtime.dry_run': False,
+        **parameters(folder), 'model.center_crop': False, 'runtime.dry_run': False,
     }  # fmt: skip
     with NodeProcess('vla_node', values) as process:
         refuse_to_configure(world)
-        assert 'runtime.dry_run = False: shipped/libero_small is for simulated' in process.output()
+        assert f'runtime.dry_run = False: {folder} is for simulated' in process.output()
         assert world.set_parameter('runtime.dry_run', True)[0]
         assert world.lifecycle.change('configure'), process.output()
         assert process.stop()[0] == 0

@@ -406,7 +406,6 @@ def test_info_of_a_folder_that_fits_nothing_says_so(make, capsys):
     assert 'launch once the above is fixed: how, can only be told then' in out
 
 
-@golden
 def test_info_of_a_folder_with_its_own_parameters_takes_them(capsys):
     code, out = info('shipped/libero_small', capsys)
     assert code == 0
@@ -414,17 +413,28 @@ def test_info_of_a_folder_with_its_own_parameters_takes_them(capsys):
     assert '8 steps (params.yaml)' in out
     (launch,) = launches(out)
     folder = find_checkpoint('shipped/libero_small').resolve()
-    assert launch.split()[-2:] == [f'checkpoint:={folder}', f'params_file:={folder}/params.yaml']
+    assert launch.split()[-2:] == ['vla.launch.py', f'checkpoint:={folder}']
 
 
+@golden
 def test_info_of_a_folder_with_broken_parameters_says_so(make, capsys):
     folder = make(HEAD)
-    (folder / 'params.yaml').write_text('/**: {ros__parameters: {robot: {horizon: -1}}}')
+    text = '/**:\n  ros__parameters:\n    robot: {horizon: -1}\n'
+    (folder / 'params.yaml').write_text(text)
     code, out = info(folder, capsys)
     assert code == 1
     assert 'robot.horizon = -1' in out
 
 
+@golden
+def test_info_passes_over_a_file_of_that_name_that_is_somebody_elses(make, capsys):
+    folder = make(HEAD)
+    before = info(folder, capsys)
+    (folder / 'params.yaml').write_text('learning_rate: 0.1\n')
+    assert info(folder, capsys) == before
+
+
+@golden
 def test_info_counts_parameters_to_the_last_one(make, capsys):
     folder = make(HEAD, PROPRIO)
     weights = load_file(folder / MODEL)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from specprune_ros.config import PolicyConfig, RobotConfig
 from specprune_ros.config_files import load_config
 from specprune_ros.errors import SpecPruneError
-from specprune_ros.shipped import PARAMS
+from specprune_ros.shipped import PARAMS, own_params
 
 if TYPE_CHECKING:
     from specprune_ros.models.openvla_folder import Folder
@@ -53,13 +53,13 @@ class Launch:
         config: under which its files are checked: the robot file's, with what it needs put in.
         robot: the robot file, shipped or OWN_ROBOT.
         needs: what OWN_ROBOT must be; empty for a shipped one.
-        params: the folder's own parameter file, which says what the robot must be; or empty.
+        params: whether the folder's own parameter file says what the robot must be.
     """
 
     config: PolicyConfig
     robot: str
     needs: str = ''
-    params: str = ''
+    params: bool = False
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -161,12 +161,6 @@ def proprio(folder: Folder) -> str:
     return f'{width} elements' if width else 'none'
 
 
-def params_of(folder: Folder) -> Path | None:
-    """The parameter file that `specprune train` leaves in a folder."""
-    path = folder.path.resolve() / PARAMS
-    return path if path.is_file() else None
-
-
 def own_config(params: Path) -> PolicyConfig:
     """What the folder's parameter file says.
 
@@ -179,7 +173,7 @@ def own_config(params: Path) -> PolicyConfig:
 def cameras(folder: Folder) -> str:
     """What can be said of the cameras."""
     pixels = folder.towers[0].image_size
-    if params := params_of(folder):
+    if params := own_params(folder.path):
         names = own_config(params).robot.camera_names
         return f'{", ".join(names)}, {pixels} x {pixels} ({PARAMS})'
     if folder.head == 'latent':
@@ -193,7 +187,7 @@ def cameras(folder: Folder) -> str:
 
 def chunk(folder: Folder) -> str:
     """What can be said of the chunk length."""
-    if params := params_of(folder):
+    if params := own_params(folder.path):
         return f'{own_config(params).robot.horizon} steps ({PARAMS})'
     if folder.horizon is not None:
         return f'{folder.horizon} steps, which robot.horizon must be'
@@ -236,8 +230,8 @@ def missing(folder: Folder, launches: list[Launch]) -> list[str]:
 def ways_to_launch(folder: Folder) -> list[Launch]:
     """One for each model that the folder may be; none where its files do not even tell that."""
     try:
-        if params := params_of(folder):
-            return [Launch(own_config(params), robot='', params=str(params))]
+        if params := own_params(folder.path):
+            return [Launch(own_config(params), robot='', params=True)]
         return [way_to_launch(folder, model) for model in models(folder)]
     except SpecPruneError:
         return []  # reported where it is described
@@ -342,8 +336,7 @@ def launch_line(launch: Launch) -> str:
     model = launch.config.model
     key = f' unnorm_key:={model.unnorm_key}' if model.unnorm_key else ''
     if launch.params:
-        folder = f'checkpoint:={model.checkpoint}'
-        return f'ros2 launch specprune_ros vla.launch.py {folder} params_file:={launch.params}'
+        return f'ros2 launch specprune_ros vla.launch.py checkpoint:={model.checkpoint}'
     return (
         f'ros2 launch specprune_ros vla.launch.py model:={model.name} '
         f'checkpoint:={model.checkpoint} robot:={launch.robot}{key}'

@@ -12,13 +12,12 @@ import time
 from pathlib import Path
 
 import rclpy
-import yaml
 from rclpy.signals import SignalHandlerOptions
 from rich.console import Console
 from rich.progress import Progress
 
 from specprune_ros.config import AXES, PolicyConfig
-from specprune_ros.config_files import load_config
+from specprune_ros.config_files import load_config, write_parameter_file
 from specprune_ros.errors import ConfigError
 from specprune_ros.offline import fit_robot
 from specprune_ros.recordings import open_recording
@@ -41,18 +40,7 @@ def write_params(config: PolicyConfig, path: Path) -> None:
         for name, value in values.items():
             if isinstance(value, tuple):
                 values[name] = list(value) or ['']
-    tree = {'/**': {'ros__parameters': axes}}
-    # Quoted strings: ROS reads a bare y as a boolean.
-    path.write_text(yaml.dump(tree, sort_keys=False, default_style=None, Dumper=_Quoting))
-
-
-class _Quoting(yaml.SafeDumper):
-    """Dumps every string value in quotes."""
-
-
-_Quoting.add_representer(
-    str, lambda dumper, text: dumper.represent_scalar('tag:yaml.org,2002:str', text, style="'")
-)
+    write_parameter_file(path, {'/**': axes})
 
 
 def watch(watcher: Watcher, processes: dict[str, subprocess.Popen], chunks: int) -> str:

@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 
 import rclpy
-import yaml
 from rcl_interfaces.msg import Parameter as ParameterMsg
 from rcl_interfaces.srv import GetParameters, ListParameters
 from rclpy.executors import ExternalShutdownException
@@ -20,6 +19,7 @@ from rclpy.node import Node
 from rclpy.parameter import Parameter
 from rclpy.utilities import remove_ros_args
 
+from specprune_ros.config_files import write_parameter_file
 from specprune_ros.ros.params import FOREIGN
 from specprune_ros.ros.process import shut_down_rclpy
 
@@ -81,8 +81,8 @@ def snapshot(node: Node, targets: list[str], out: Path) -> int:
         if values is None:
             node.get_logger().warning(f'{name} did not answer: its parameters are not written')
             continue
-        tree[name] = {'ros__parameters': values}
-        out.write_text(yaml.safe_dump(tree))
+        tree[name] = dict(sorted(values.items()))
+        write_parameter_file(out, tree)
         node.get_logger().info(f'parameters of {name}: {out}')
     return len(tree)
 

@@ -42,7 +42,7 @@ from specprune_ros.ros.vla_once import InferOnceServer, OnceContext
 from specprune_ros.ros.vla_outputs import StatusPublisher
 from specprune_ros.ros.vla_pipeline import Pipeline, Surroundings
 from specprune_ros.ros.vla_watch import WATCH_S, Watchdogs
-from specprune_ros.shipped import PREFIX
+from specprune_ros.shipped import is_shipped
 from specprune_ros.tasks import NodeState, TaskEnd, TaskMachine
 from specprune_ros.worker import InferenceWorker, LoadingThread, fault_code
 
@@ -204,7 +204,7 @@ class VlaNode(ManagedNode):
     def _check_place(self, config: PolicyConfig) -> None:
         """What ships with this package has seen no real arm, and moves none."""
         folder, simulated = config.model.checkpoint, self.get_parameter('use_sim_time').value
-        if folder.startswith(PREFIX) and not (config.runtime.dry_run or simulated):
+        if folder and is_shipped(folder) and not (config.runtime.dry_run or simulated):
             why = f'{folder} is for simulated arms: it needs use_sim_time'
             raise ConfigError('runtime.dry_run', False, why)
 

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import yaml
 from torch import Tensor
 
 from specprune_ros.config import PruneConfig
+from specprune_ros.config_files import write_parameter_file
 from specprune_ros.models.openvla_folder import MEANS, OVERRIDES, STDS
 from specprune_ros.models.openvla_oft import Bounds
 from specprune_ros.shipped import PARAMS
@@ -68,8 +68,7 @@ def export(trainer: Trainer, folder: Path, gate: Gate | None = None) -> Path:
     _write_json(folder / 'config.json', config_json(sizes))
     _write_json(folder / 'dataset_statistics.json', {DATASET: statistics_json(data)})
     _write_json(folder / 'preprocessor_config.json', preprocessor_json(sizes.image_size))
-    params = parameters(trainer)
-    (folder / PARAMS).write_text(yaml.safe_dump(params, sort_keys=False))
+    write_parameter_file(folder / PARAMS, {'/**': parameters(trainer)})
     card = model_card(trainer, trainer.gate() if gate is None else gate, _bytes(weights))
     (folder / 'README.md').write_text(card)
     return folder
@@ -127,7 +126,7 @@ def preprocessor_json(size: int) -> dict:
 
 
 def parameters(trainer: Trainer) -> dict:
-    """A parameter file that runs the folder; only `model.checkpoint` is missing."""
+    """What runs the folder, as a parameter file has it; only `model.checkpoint` is missing."""
     data = trainer.config.data
     robot = {
         'camera_names': list(trainer.data.cameras),
@@ -152,7 +151,7 @@ def parameters(trainer: Trainer) -> dict:
         'dtype': 'float32',
     }
     pruning = budgets((trainer.config.network.image_size // PATCH) ** 2)
-    return {'/**': {'ros__parameters': {'robot': robot, 'model': model, 'pruning': pruning}}}
+    return {'robot': robot, 'model': model, 'pruning': pruning}
 
 
 def budgets(patches: int) -> dict[str, int]:
