@@ -32,10 +32,10 @@ from specprune_ros.sim.layouts import RECIPE, LayoutRecipe, Layouts
 from specprune_ros.sim.state import ACTION_NAMES, PROPRIO_NAMES
 from specprune_ros.sim.tasks import BASKET, SHUFFLE
 from specprune_ros.train.config import DataConfig, FitConfig, NetworkConfig, TrainConfig
-from specprune_ros.train.data import draw_batch, draw_shown, load_training_set
+from specprune_ros.train.data import Batch, draw_batch, draw_visual_idx, load_training_set
 from specprune_ros.train.export import export
 from specprune_ros.train.losses import losses_of, patch_labels
-from specprune_ros.train.network import AuxiliaryHeads, Network, decode_batch
+from specprune_ros.train.network import AuxiliaryHeads, Network, Outputs
 from specprune_ros.train.trainer import CHECKPOINT, CURVES, Trainer
 from specprune_ros.train.vocabulary import write_tokenizer
 from specprune_ros.types import Observation
@@ -366,53 +366,140 @@ class TestTrainer:
 )
 def test_every_sequence_goes_without_as_many_patches(step, sequences, patches, dropout):
     options = {'seed': 3, 'sequences': sequences, 'patches': patches, 'dropout': dropout}
-    shown = draw_shown(step, **options)
-    assert torch.equal(shown, draw_shown(step, **options))
-    assert len(shown) == sequences
-    assert max(1, round(patches * (1 - dropout))) <= shown.shape[1] <= patches
-    assert (shown.diff(dim=1) > 0).all()
-    assert ((shown >= 0) & (shown < patches)).all()
+    left = draw_visual_idx(step, **options)
+    assert torch.equal(left, draw_visual_idx(step, **options))
+    assert len(left) == sequences
+    assert max(1, round(patches * (1 - dropout))) <= left.shape[1] <= patches
+    assert (left.diff(dim=1) > 0).all()
+    assert ((left >= 0) & (left < patches)).all()
 
 
 def test_dropout_takes_half_of_its_share_on_the_average():
-    some = [draw_shown(n, seed=0, sequences=4, patches=100, dropout=0.8) for n in range(200)]
-    assert np.mean([len(shown[0]) for shown in some]) == pytest.approx(60, abs=4)
+    some = [draw_visual_idx(n, seed=0, sequences=4, patches=100, dropout=0.8) for n in range(200)]
+    assert np.mean([len(left[0]) for left in some]) == pytest.approx(60, abs=4)
     assert not torch.equal(some[0][0], some[0][1]), 'every sequence has its own'
-    seen = torch.cat([shown.flatten() for shown in some]).bincount(minlength=100)
+    seen = torch.cat([left.flatten() for left in some]).bincount(minlength=100)
     assert seen.min() > 0.7 * seen.float().mean(), 'every patch is as likely'
 
 
-def test_a_sequence_without_some_patches_is_the_decoder_without_these_rows():
-    """As the decoder of transformers does it: no row moves up, and nothing is seen of the rest."""
+@pytest.mark.parametrize('left', [8, 5, 1])
+def test_a_sequence_without_some_patches_is_the_decoder_without_their_tokens(data, left):
+    """As transformers' decoder has it: the other tokens keep their places."""
     torch.manual_seed(0)
-    network = Network(NETWORK, proprio_dim=8, horizon=2)
-    llama = network.language_model.model
-    hidden, rows = torch.randn(2, 9, NETWORK.width), torch.tensor([[0, 2, 3, 8], [0, 1, 7, 8]])
-    some = hidden.gather(1, rows[..., None].expand(-1, -1, NETWORK.width))
+    network = Network(dataclasses.replace(NETWORK, layers=4), proprio_dim=8, horizon=2)
+    llama, patches, count = network.language_model.model, 8, 2 * 7
+    images = torch.from_numpy(data.gate.images[:2])
+    scene, proprio = torch.tensor([0, 1, 1]), torch.rand(3, 8)
+    ids = [tuple(range(9)), tuple(range(12)), tuple(range(3, 12))]  # of two lengths
+    visual_idx = draw_visual_idx(0, seed=0, sequences=3, patches=patches, dropout=0.0)
+    visual_idx = torch.stack([row[torch.randperm(patches)[:left].sort()[0]] for row in visual_idx])
     with torch.no_grad():
-        ours, _ = decode_batch(llama, some, rows, length=9)
-        everything = torch.zeros(2, 1, 4, 4)  # added to the scores: hides nothing
-        theirs = llama(inputs_embeds=some, position_ids=rows, attention_mask=everything)
-    torch.testing.assert_close(ours, theirs.last_hidden_state, atol=1e-5, rtol=1e-5)
+        outputs = network(images, scene, proprio, ids, visual_idx)
+        state = network.proprio_projector(proprio)
+        for row, tokens in enumerate(ids):
+            text = llama.embed_tokens(torch.tensor(tokens))
+            whole = torch.cat(
+                (text[:1], network.patches(images)[scene[row]], state[row : row + 1], text[1:-1],
+                 torch.zeros(count, NETWORK.width), text[-1:])
+            )  # fmt: skip
+            stays = torch.ones(len(whole), dtype=torch.bool)
+            stays[1 : 1 + patches] = False
+            stays[1 + visual_idx[row]] = True
+            theirs = llama(
+                inputs_embeds=whole[None, stays],
+                position_ids=stays.nonzero().T,
+                attention_mask=torch.zeros(1, 1, *[int(stays.sum())] * 2),  # hides nothing
+                output_hidden_states=True,
+            )
+            prompt = slice(1 + left + 1, -1 - count)
+            early, final = theirs.hidden_states[2][0, prompt], theirs.last_hidden_state[0]
+            close = {'atol': 1e-5, 'rtol': 1e-5}
+            torch.testing.assert_close(outputs.words[row], early.mean(dim=0), **close)
+            torch.testing.assert_close(outputs.visual[row], final[1 : 1 + left], **close)
+            torch.testing.assert_close(outputs.stop[row], final[-1], **close)
+            actions = network.action_head(final[None, -2 - count : -2]).view(2, 7)
+            torch.testing.assert_close(outputs.actions[row], actions, **close)
 
 
-@pytest.mark.parametrize('dropout', [0.0, 0.5])
-def test_the_words_are_asked_where_the_named_object_is(data, dropout):
-    batch = draw_batch(data, 0, seed=0, layouts=2, instructions=2, demos=0, shift_px=0, colour=0.0)
-    torch.manual_seed(0)
-    network = Network(NETWORK, proprio_dim=8, horizon=8)
-    heads = AuxiliaryHeads(NETWORK.width, len(data.objects), len(data.cameras))
-    shown = draw_shown(0, seed=0, sequences=4, patches=8, dropout=dropout)
-    outputs = network(batch.images, batch.scene, batch.proprio, [tuple(range(17))] * 4, shown)
-    told = heads.place(outputs.words)
-    place = batch.pixels[batch.scene][torch.arange(4), :, batch.named].flatten(1) / SIZE
-    loss = losses_of(outputs, heads, batch, SIZE, shown).words
+def test_a_step_is_asked_about_the_patches_that_it_was_shown(folders, data, tmp_path, monkeypatch):
+    """A flag head that knows the right answer of every patch makes no error, whichever go."""
+    seen = []
+
+    def forward(images, scene, proprio, ids, visual_idx):
+        seen.append(visual_idx)
+        kind, _ = patch_labels(batches[-1].pixels, SIZE)
+        right = kind[scene] == batches[-1].named[:, None] + 1
+        right = right if visual_idx is None else right.gather(1, visual_idx)
+        return dataclasses.replace(
+            real(images, scene, proprio, ids, visual_idx),
+            visual=torch.where(right, 50.0, -50.0)[..., None].expand(-1, -1, NETWORK.width),
+        )
+
+    batches = []
+    monkeypatch.setattr(
+        'specprune_ros.train.trainer.draw_batch',
+        lambda *args, **kwargs: batches.append(draw_batch(*args, **kwargs)) or batches[-1],
+    )
+    for dropout in (0.0, 0.9):
+        trainer = make_trainer(
+            folders, data, tmp_path / str(dropout), vision_steps=0, token_dropout=dropout
+        )
+        real, trainer.network.forward = trainer.network.forward, forward
+        trainer.heads.flag.weight.data.fill_(1.0 / NETWORK.width)
+        trainer.heads.flag.bias.data.zero_()
+        assert trainer.train_step()['flag'] < 1e-6
+    assert seen[0] is None
+    assert 1 <= seen[1].shape[1] <= 8
+
+
+def a_question(pixels: list, named: list[int]) -> Batch:
+    """One question per scene of one camera; pixels [scene][object] in px."""
+    count = len(pixels)
+    return Batch(
+        images=torch.zeros(count, 1, SIZE, SIZE, 3),
+        pixels=torch.tensor(pixels, dtype=torch.float32)[:, None],
+        scene=torch.arange(count),
+        instruction=torch.zeros(count, dtype=torch.long),
+        proprio=torch.zeros(count, 8),
+        actions=torch.zeros(count, 8, 7),
+        target=torch.zeros(count, 3),
+        named=torch.tensor(named),
+    )
+
+
+def words_loss(pixels: list, named: list[int], told: list[list[float]]) -> torch.Tensor:
+    """Of words that tell these places, in px."""
+    batch = a_question(pixels, named)
+    heads = AuxiliaryHeads(2, objects=2, cameras=1)
     heads.place = torch.nn.Identity()
-    perfect = dataclasses.replace(outputs, words=place)
-    assert losses_of(perfect, heads, batch, SIZE, shown).words == 0.0
-    off = (told - place).view(4, -1, 2).abs().mean(dim=-1) * SIZE / 14
-    inside = ((place > 0) & (place < 1)).view(4, -1, 2).all(dim=-1)
-    assert loss.item() == pytest.approx(off[inside].mean().item(), rel=1e-5)
+    words = torch.tensor(told, requires_grad=True)
+    outputs = Outputs(
+        actions=batch.actions, stop=words, visual=torch.zeros(len(pixels), 4, 2),
+        patches=torch.zeros(len(pixels), 4, 2), words=words / SIZE,
+    )  # fmt: skip
+    loss = losses_of(outputs, heads, batch, SIZE).words
+    loss.backward()
+    assert words.grad.isfinite().all()
+    return loss.item()
+
+
+NOWHERE = [float('nan')] * 2
+
+
+@pytest.mark.parametrize(
+    ('pixels', 'named', 'told', 'expected'),
+    [
+        ([[[7.0, 21.0], [3.0, 3.0]]], [0], [[7.0, 21.0]], 0.0),
+        ([[[7.0, 21.0], [3.0, 3.0]]], [1], [[3.0, 3.0]], 0.0),
+        ([[[7.0, 21.0], [3.0, 3.0]]], [0], [[7.0, 7.0]], 0.5),  # a patch in y, none in x
+        ([[[7.0, 40.0], [3.0, 3.0]]], [0], [[0.0, 0.0]], 0.0),  # not in the image
+        ([[NOWHERE, NOWHERE]], [0], [[0.0, 0.0]], 0.0),  # a demonstration: unknown
+        ([[[7.0, 21.0], [3.0, 3.0]]], [-1], [[0.0, 0.0]], 0.0),  # names nothing
+        ([[[7.0, 21.0], NOWHERE], [NOWHERE, NOWHERE]], [0, 0], [[7.0, 7.0], [0.0, 0.0]], 0.5),
+    ],
+)
+def test_the_words_are_asked_where_the_named_object_is(pixels, named, told, expected):
+    assert words_loss(pixels, named, told) == pytest.approx(expected, abs=1e-5)
 
 
 def test_a_step_stays_on_its_device(data):
@@ -423,9 +510,9 @@ def test_a_step_stays_on_its_device(data):
     network = Network(NETWORK, proprio_dim=8, horizon=8).to('meta')
     heads = AuxiliaryHeads(NETWORK.width, len(data.objects), len(data.cameras)).to('meta')
     ids = [tuple(range(17)), *[tuple(range(18))] * 4]
-    shown = draw_shown(0, seed=0, sequences=5, patches=8, dropout=0.5).to('meta')
-    outputs = network(batch.images, batch.scene, batch.proprio, ids, shown)
-    losses_of(outputs, heads, batch, SIZE, shown).total(FIT).backward()
+    visual_idx = draw_visual_idx(0, seed=0, sequences=5, patches=8, dropout=0.5).to('meta')
+    outputs = network(batch.images, batch.scene, batch.proprio, ids, visual_idx)
+    losses_of(outputs, heads, batch, SIZE, visual_idx).total(FIT).backward()
     assert network.projector.fc1.weight.grad.is_meta
 
 
@@ -455,8 +542,16 @@ class TestCommand:
         assert before != after
         assert '2 of 4 steps' in (early / 'README.md').read_text()
 
-    def test_a_step_that_is_not_measured_cannot_be_kept(self, folders, tmp_path, capsys):
-        assert main(self.arguments(folders, tmp_path, gate_every=2, keep=(3,))) != 0
+    @pytest.mark.parametrize(
+        'change',
+        [
+            {'gate_every': 2, 'keep': (3,)},  # not measured
+            {'gate_every': 2, 'keep': (6,)},  # after the end
+            {'gate_every': 1, 'keep': (1,)},  # towers alone
+        ],
+    )
+    def test_a_step_that_cannot_be_kept_is_refused(self, folders, tmp_path, capsys, change):
+        assert main(self.arguments(folders, tmp_path, **change)) != 0
         assert 'fit.keep' in capsys.readouterr().err
 
 

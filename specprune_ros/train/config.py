@@ -99,7 +99,7 @@ class FitConfig:
     flag_weight: float = setting(1.0, 'weight of the named object, in which patches', low=0.0)
     patch_weight: float = setting(0.3, 'weight of which object is in a patch', low=0.0)
     words_weight: float = setting(
-        0.3,
+        0.0,
         'weight of the named object, where in the images, asked of the words after two layers: '
         'static pruning trusts what they look at there',
         low=0.0,
@@ -117,8 +117,13 @@ class FitConfig:
 
     def __post_init__(self) -> None:
         check_fields('fit', self)
-        if late := [step for step in self.keep if step % self.gate_every]:
-            raise ConfigError('fit.keep', late, f'no multiple of gate_every = {self.gate_every}')
+        for step in self.keep:
+            if step % self.gate_every:
+                why = f'{step} is no multiple of fit.gate_every = {self.gate_every}'
+                raise ConfigError('fit.keep', self.keep, why)
+            if not self.vision_steps < step < self.steps:
+                why = f'{step} is not between fit.vision_steps and fit.steps'
+                raise ConfigError('fit.keep', self.keep, why)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -387,7 +387,9 @@ def draw_batch(
     return make_batch(data, picks, *augment(images, pixels, rng, shift_px, colour))
 
 
-def draw_shown(step: int, *, seed: int, sequences: int, patches: int, dropout: float) -> Tensor:
+def draw_visual_idx(
+    step: int, *, seed: int, sequences: int, patches: int, dropout: float
+) -> Tensor:
     """Which patches the sequences of one step have: as many each, every one its own.
 
     Args:

@@ -52,7 +52,7 @@ def losses_of(
     heads: AuxiliaryHeads,
     batch: Batch,
     size: int,
-    shown: Tensor | None = None,
+    visual_idx: Tensor | None = None,
 ) -> Losses:
     """Compare what a network says with the answers.
 
@@ -61,7 +61,7 @@ def losses_of(
         heads: of the auxiliary questions.
         batch: the answers.
         size: of the images, px.
-        shown: [B, K] which patches each sequence has; None for all.
+        visual_idx: [B, K] which patches each sequence has; None for all.
     """
     weights = torch.tensor(ACTION_WEIGHTS, device=batch.actions.device)
     error = (outputs.actions - batch.actions).abs() @ weights / weights.sum()
@@ -69,7 +69,7 @@ def losses_of(
     return Losses(
         action=error.mean(),
         target=(heads.target(outputs.stop) - batch.target).abs().mean(),
-        flag=_flag_loss(heads.flag(outputs.visual)[..., 0], kind[batch.scene], batch, shown),
+        flag=_flag_loss(heads.flag(outputs.visual)[..., 0], kind[batch.scene], batch, visual_idx),
         patch=patch_loss(outputs.patches, heads, kind, offset),
         words=_words_loss(heads.place(outputs.words), batch, size),
     )
@@ -113,10 +113,10 @@ def patch_labels(pixels: Tensor, size: int) -> tuple[Tensor, Tensor]:
     return kind.flatten(1), offset.flatten(1, 2)
 
 
-def _flag_loss(logits: Tensor, kind: Tensor, batch: Batch, shown: Tensor | None) -> Tensor:
+def _flag_loss(logits: Tensor, kind: Tensor, batch: Batch, visual_idx: Tensor | None) -> Tensor:
     """Binary cross entropy over the patches of which something is known."""
-    if shown is not None:
-        kind = kind.gather(1, shown)
+    if visual_idx is not None:
+        kind = kind.gather(1, visual_idx)
     known = (kind >= 0) & (batch.named >= 0)[:, None]
     wanted = (kind == batch.named[:, None] + 1).float()
     loss = F.binary_cross_entropy_with_logits(logits, wanted, reduction='none')

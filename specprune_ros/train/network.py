@@ -1,7 +1,8 @@
 """The served model's own modules, and their forward over a batch.
 
-Serving decodes one sequence and drops tokens on the way (models/decoder.py); training needs many
-sequences at once and drops none. A test compares the two.
+Serving decodes one sequence, and drops visual tokens on the way (models/decoder.py). Training
+needs many at once; tokens that `visual_idx` leaves out are missing from the first layer on, so
+that the words, too, are asked over what is left. A test compares the two.
 """
 
 from __future__ import annotations
@@ -96,7 +97,7 @@ class Network(nn.Module):
         scene: Tensor,
         proprio: Tensor,
         ids: Sequence[tuple[int, ...]],
-        shown: Tensor | None = None,
+        visual_idx: Tensor | None = None,
     ) -> Outputs:
         """Many sequences.
 
@@ -105,25 +106,25 @@ class Network(nn.Module):
             scene: [B] which scene each sequence shows.
             proprio: [B, P] normalised.
             ids: of every sequence, the prompt's ids and the stop token's.
-            shown: [B, K] ascending, which patches each sequence has; None for all.
+            visual_idx: [B, K] ascending, which patches each sequence has; None for all.
         """
         patches = self.patches(images)
         state = self.proprio_projector(proprio)
         length = torch.tensor([len(one) for one in ids])
         parts, order = [], []
         for tokens in length.unique().tolist():  # no padding: attention takes its fast path
-            some = (length == tokens).nonzero().flatten().tolist()
-            rows = torch.tensor(some, device=scene.device)
-            text = torch.tensor([ids[row] for row in some], device=scene.device)
-            some = None if shown is None else shown[rows]
-            parts.append(self._decode(patches[scene[rows]], state[rows], text, some))
-            order.append(rows)
+            alike = (length == tokens).nonzero().flatten().tolist()
+            batch = torch.tensor(alike, device=scene.device)
+            text = torch.tensor([ids[index] for index in alike], device=scene.device)
+            left = None if visual_idx is None else visual_idx[batch]
+            parts.append(self._decode(patches[scene[batch]], state[batch], text, left))
+            order.append(batch)
         back = torch.cat(order).argsort()
-        actions, stop, visual, words = (torch.cat(some)[back] for some in zip(*parts, strict=True))
+        actions, stop, visual, words = (torch.cat(part)[back] for part in zip(*parts, strict=True))
         return Outputs(actions, stop, visual, patches, words)
 
     def _decode(
-        self, patches: Tensor, state: Tensor, ids: Tensor, shown: Tensor | None
+        self, patches: Tensor, state: Tensor, ids: Tensor, visual_idx: Tensor | None
     ) -> tuple[Tensor, ...]:
         """Sequences of one length; the order of tokens is OpenVLAOFT.embed's."""
         llama = self.language_model.model
@@ -131,42 +132,41 @@ class Network(nn.Module):
         count = self.horizon * ACTION_DIM
         zeros = text.new_zeros(len(text), count, text.shape[-1])
         parts = (text[:, :1], patches, state[:, None], text[:, 1:-1], zeros, text[:, -1:])
-        whole = torch.cat(parts, dim=1)
-        length, seen = whole.shape[1], patches.shape[1]
-        rows = torch.arange(length, device=whole.device).expand(len(whole), -1)
-        if shown is not None:
-            rows = torch.cat((rows[:, :1], 1 + shown, rows[:, 1 + seen :]), dim=1)
-            whole = whole.gather(1, rows[..., None].expand(-1, -1, whole.shape[-1]))
-            seen = shown.shape[1]
-        hidden, early = decode_batch(llama, whole, rows, length)
+        hidden = torch.cat(parts, dim=1)
+        pos_idx = torch.arange(hidden.shape[1], device=hidden.device)
+        decoder = Decoder.of(llama, causal=False)
+        rotary = decoder.rotary(pos_idx, hidden.dtype)
+        left = patches.shape[1]
+        if visual_idx is not None:
+            left = visual_idx.shape[1]
+            pos_idx = pos_idx.expand(len(hidden), -1)
+            behind = pos_idx[:, 1 + patches.shape[1] :]
+            pos_idx = torch.cat((pos_idx[:, :1], 1 + visual_idx, behind), dim=1)
+            hidden = hidden.gather(1, pos_idx[..., None].expand(-1, -1, hidden.shape[-1]))
+            rotary = Rotary(rotary.cos[pos_idx][:, None], rotary.sin[pos_idx][:, None])
+        hidden, early = decode_batch(decoder, hidden, rotary)
         head = hidden[:, -2 - count : -2]  # from the last prompt token on
         actions = self.action_head(head).unflatten(0, (len(text), self.horizon))
-        words = early[:, 2 + seen : -1 - count].mean(dim=1)  # behind patches and proprioception
-        return actions, hidden[:, -1], hidden[:, 1 : 1 + seen], words
+        words = early[:, 2 + left : -1 - count].mean(dim=1)  # behind patches and proprioception
+        return actions, hidden[:, -1], hidden[:, 1 : 1 + left], words
 
 
-def decode_batch(
-    llama: nn.Module, hidden: Tensor, rows: Tensor, length: int
-) -> tuple[Tensor, Tensor]:
+def decode_batch(decoder: Decoder, hidden: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
     """Every token sees every token.
 
     Args:
-        llama: the language model.
+        decoder: of the language model.
         hidden: [B, K, C] embeddings.
-        rows: [B, K] each one's place in the whole sequence; it keeps it when others go.
-        length: of the whole sequence.
+        rotary: of their places in the whole sequence: a token keeps its own when others go.
 
     Returns:
         [B, K, C] final hidden states, and [B, K, C] those after WORDS_LAYER.
     """
-    decoder = Decoder.of(llama, causal=False)
-    every = decoder.rotary(torch.arange(length, device=hidden.device), hidden.dtype)
-    rotary = Rotary(every.cos[rows][:, None], every.sin[rows][:, None])
     early = hidden
     for number, layer in enumerate(decoder.layers, 1):
         hidden = _layer(layer, hidden, rotary, decoder.head_dim)
         early = hidden if number <= WORDS_LAYER else early
-    return _rms_norm(hidden, llama.norm), early
+    return _rms_norm(hidden, decoder.norm), early
 
 
 def _layer(layer: nn.Module, hidden: Tensor, rotary: Rotary, head_dim: int) -> Tensor:

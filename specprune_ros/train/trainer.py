@@ -21,7 +21,7 @@ from specprune_ros.models import pick_device
 from specprune_ros.models.tokenizer import LlamaTokenizer
 from specprune_ros.sim.tasks import WITHHELD
 from specprune_ros.train.config import PATCH, FitConfig, TrainConfig
-from specprune_ros.train.data import TrainingSet, draw_batch, draw_shown
+from specprune_ros.train.data import TrainingSet, draw_batch, draw_visual_idx
 from specprune_ros.train.gate import Gate, measure
 from specprune_ros.train.losses import losses_of, patch_labels, patch_loss
 from specprune_ros.train.network import AuxiliaryHeads, Network
@@ -152,14 +152,14 @@ class Trainer:
         )  # fmt: skip
         ids = [self.prompts[index] for index in batch.instruction.tolist()]
         batch = batch.to(self.device)
-        size, shown = self.config.network.image_size, None
+        size, visual_idx = self.config.network.image_size, None
         if fit.token_dropout:
-            shown = draw_shown(
+            visual_idx = draw_visual_idx(
                 self.step, seed=fit.seed, sequences=len(ids), dropout=fit.token_dropout,
                 patches=batch.images.shape[1] * (size // PATCH) ** 2,
             ).to(self.device)  # fmt: skip
-        outputs = self.network(batch.images, batch.scene, batch.proprio, ids, shown)
-        losses = losses_of(outputs, self.heads, batch, size, shown)
+        outputs = self.network(batch.images, batch.scene, batch.proprio, ids, visual_idx)
+        losses = losses_of(outputs, self.heads, batch, size, visual_idx)
         values = {f.name: getattr(losses, f.name) for f in dataclasses.fields(losses)}
         return {**values, 'total': losses.total(fit)}
 
