@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Makes every figure of docs/evidence.md: data, networks, gates, table, robustness. It takes a day on
-# two cores; run it again and it goes on where it stopped.
+# Makes the figures about success: data, networks, gates, table, robustness. It takes a day on two
+# cores; run it again and it goes on where it stopped.
 #
 #   bash scripts/evidence.sh [STAGE...]      # data train controls gates table seeds robustness
 #   SPECPRUNE_EVIDENCE=DIR                   # default out/evidence
@@ -16,13 +16,14 @@ specprune=.venv-sim/bin/specprune
 SHUFFLED=(object_shuffled/{0..3})
 GOALS=(libero_goal/{1,4,6,8})
 STEPS=6000 EARLIER='[4500,5250]' # checkpoints of one run
-EPISODES=50                      # per task; four tasks make 200
-MAIN=(dense specprune:budget=fixed specprune random:budget=fixed uniform:budget=fixed)
-STUDY=(
-  specprune:alpha=1.0 specprune:alpha=0.6
-  specprune:controller=false specprune:k_global=0 specprune:dynamic=false specprune:static=false
-  specprune:layer_weight=average specprune:score_direction=image_to_text
-  specprune:hysteresis=false
+EPISODES=50 # per task
+FIXED=specprune:budget=fixed
+MAIN=(dense $FIXED specprune:budget=union random:budget=fixed uniform:budget=fixed)
+STUDY=( # FlashVLA's reuse of actions and the other methods: not written yet
+  $FIXED,alpha=1.0 $FIXED,alpha=0.6
+  $FIXED,controller=false $FIXED,k_global=0 $FIXED,dynamic=false $FIXED,static=false
+  $FIXED,layer_weight=average $FIXED,score_direction=image_to_text
+  $FIXED,hysteresis=false # Alg. 1's stateless mode
 )
 
 train() { # NAME, then settings
@@ -81,7 +82,7 @@ stage_seeds() {
   local run
   for run in seed_1/checkpoint seed_2/checkpoint seed_0/step_4500 seed_0/step_5250; do
     evaluate "$out/$run" "main_${run%/*}_${run#*/}" --task "${SHUFFLED[@]}" \
-      --method dense specprune:budget=fixed random:budget=fixed
+      --method dense $FIXED random:budget=fixed
   done
 }
 
@@ -89,10 +90,10 @@ stage_robustness() {
   local condition
   for condition in noise blur dark bright camera; do
     evaluate "$out/seed_0/checkpoint" "robust_$condition" --task "${SHUFFLED[@]}" \
-      --method dense specprune:budget=fixed --condition $condition
+      --method dense $FIXED random:budget=fixed --condition $condition
   done
-  evaluate "$out/seed_0/checkpoint" robust_pro --method dense specprune:budget=fixed \
-    --task libero_object/0 libero_object_{object,swap,lan,task}/0
+  evaluate "$out/seed_0/checkpoint" robust_pro --method dense $FIXED random:budget=fixed \
+    --task libero_object/0 libero_object_{object,swap,lan,task}/0 # 50 states are all there are
 }
 
 mkdir -p "$out/eval"

@@ -15,9 +15,11 @@ from test_sim import JOINTS, World
 from specprune_ros.cli import main
 from specprune_ros.cli.eval import digest_of
 from specprune_ros.config import PruneConfig
+from specprune_ros.config_files import load_config
 from specprune_ros.errors import ConfigError, RecordingError
 from specprune_ros.images import as_rgb
 from specprune_ros.sim import evaluate as evaluating
+from specprune_ros.sim.closed_loop import LiberoTask
 from specprune_ros.sim.comparison import compare, discordant, mcnemar
 from specprune_ros.sim.conditions import CONDITIONS
 from specprune_ros.sim.evaluate import Conditioned, Plan, Result, pruning_of, read_results
@@ -124,7 +126,34 @@ class TestShareLeft:
         alone = share_left(self.report(), {'side': centres['side']}, size=8)
         assert alone == (1.0, 1.0)
         both = share_left(self.report(), centres, size=8)
-        assert 0.5 < both[0] < 1.0
+        assert both[0] == 0.75, 'two of four patches of the first, four of four of the other'
+
+    def test_a_camera_upside_down_and_a_crop(self):
+        report = dataclasses.replace(self.report(), rotation_deg=np.array([180, 0]))
+        centre = {'wrist': np.array([4.0, 7.0])}
+        assert share_left(report, centre, size=8) == (0.5, 0.5), (
+            'row 1 of the turned image is gone'
+        )
+        cropped = dataclasses.replace(self.report(), crop_side=0.5)
+        edge, inside = np.array([4.0, 1.0]), np.array([4.0, 2.6])
+        assert np.isnan(share_left(cropped, {'wrist': edge}, size=8)).all(), 'cut off'
+        assert share_left(cropped, {'wrist': inside}, size=8) == (0.5, 0.5), 'the new upper edge'
+
+    def test_a_mirrored_camera_has_its_object_on_the_other_side(self):
+        robot = load_config(PLAN.params, OVERRIDES).robot
+        turned = dataclasses.replace(robot, camera_rotations=(180, 0))
+        for one, y in ((robot, 1.0), (turned, 7.0)):
+            task = LiberoTask(World(TASKS[0]), one)
+            assert task.centres('alphabet_soup_1')['wrist'].tolist() == [4.0, y]
+
+    def test_a_ledger_of_before_can_still_be_read(self, tmp_path, worlds):
+        list(evaluating.evaluate(tmp_path, PLAN, [(TASKS[0], 'dense', 0)], workers=0))
+        path = tmp_path / 'episodes.csv'
+        rows = [line.rsplit(',', 2)[0] for line in path.read_text().splitlines()]
+        path.write_text('\n'.join(rows) + '\n')
+        (one,) = read_results(tmp_path)
+        assert np.isnan(one.object_static)
+        assert one.kept == 0.3
 
     def test_a_task_that_the_expert_does_not_know_has_none(self, tmp_path, worlds, monkeypatch):
         monkeypatch.setattr(evaluating, 'SKILLS', {})
@@ -276,7 +305,7 @@ class TestEvaluate:
             assert (one.steps, one.queries, one.success) == (12, 2, False)
             assert (one.kept, one.static, one.fine) == (0.3, 0.4, 1.0)
             assert one.latency_ms == 20.0, 'without the first query'
-            assert (one.object_static, one.object_kept) == (0.66667, 0.33333)
+            assert (one.object_static, one.object_kept) == (0.5, 0.5)
             assert one.action_error == (0.25 if one.method == 'specprune' else 0.0)
         assert read_results(tmp_path) == results
 

@@ -70,6 +70,7 @@ class World:
     """
 
     cameras = ('wrist', 'side')
+    size = 8
 
     def __init__(self, name: str = TASK, slips: int = 0, unsolvable: tuple[int, ...] = ()):
         self.task = find_task(name)
@@ -126,8 +127,8 @@ class World:
         return {'wrist': image, 'side': image}
 
     def pixels(self, names: Sequence[str]) -> np.ndarray:
-        """The wrist camera sees it in its middle, the other one not at all."""
-        return np.array([[[4.0, 4.0]] * len(names), [[-5.0, 4.0]] * len(names)])
+        """The wrist camera has it near its upper edge, the other one not at all."""
+        return np.array([[[4.0, 1.0]] * len(names), [[-5.0, 4.0]] * len(names)])
 
     def observation(self, joint_names: tuple[str, ...] = ()) -> Observation:
         return Observation(

@@ -95,6 +95,18 @@ class LiberoTask:
                 chunk.clear()
         yield {'success': float(self.env.success), 'steps': float(state.step)}
 
+    def centres(self, name: str) -> dict[str, np.ndarray]:
+        """Camera -> [2] px to the right and down, where an object or region is in an observation.
+
+        Perhaps outside of the image, or hidden; NaN behind the camera.
+        """
+        seen = self.env.pixels([name])[:, 0]
+        rotations = self.robot.per_camera('camera_rotations')
+        return {
+            camera: np.array([x, self.env.size - y]) if rotations[camera] else np.array([x, y])
+            for camera, (x, y) in zip(self.env.cameras, seen, strict=True)
+        }
+
     def _observation(self) -> Observation:
         """As the robot's cameras are mounted: one that is turned by 180 degrees is LIBERO's own.
 

@@ -90,9 +90,9 @@ class Result:
         fine: share of the queries in fine mode.
         action_error: mean absolute difference from what a dense inference on the same observation
             gives, over all queries, in the units of the actions (-1..1 in LIBERO).
-        object_static, object_kept: share left of the patches that show the object to pick, after
-            static pruning and at the end, mean over the queries in which a camera sees it; NaN for
-            a task that the expert does not know.
+        object_static, object_kept: share left of the patches around the object to pick, after
+            static pruning and at the end, mean over the queries, dense ones, too, in which a
+            camera has it in its view, hidden or not; NaN for a task that the expert does not know.
     """
 
     task: str
@@ -230,6 +230,7 @@ def run_episode(plan: Plan, job: Job, film: Path | None = None) -> Result:
     config = plan.policy_config()
     env = _environment(task, config.robot.camera_names, plan.size)
     env.disturb(CONDITIONS[plan.condition].scene, seed)
+    episode = LiberoTask(env, config.robot, plan.open_loop_steps)
     dense = None if method == DENSE else _policy(_Frozen(plan), DENSE)
     policy = Conditioned(
         _policy(_Frozen(plan), method),
@@ -237,20 +238,20 @@ def run_episode(plan: Plan, job: Job, film: Path | None = None) -> Result:
         task,
         dense,
         rendering_s=lambda: env.rendering_s,
-        found=functools.partial(_found, env, plan.size),
+        found=functools.partial(_found, episode),
     )
     with contextlib.ExitStack() as stack:
         driven = stack.enter_context(Filmed(policy, film)) if film else policy
-        (end,) = LiberoTask(env, config.robot, plan.open_loop_steps).run(driven, seed)
+        (end,) = episode.run(driven, seed)
     return result_of(job, end, policy)
 
 
-def _found(env: LiberoEnv, size: int, report: PruneReport) -> tuple[float, float]:
+def _found(episode: LiberoTask, report: PruneReport) -> tuple[float, float]:
     """What is left of the object to pick, in the state that the query saw."""
-    if env.task.name not in SKILLS:
+    task = episode.env.task.name
+    if task not in SKILLS:
         return np.nan, np.nan
-    centres = env.pixels([SKILLS[env.task.name].pick])[:, 0]
-    return share_left(report, dict(zip(env.cameras, centres, strict=True)), size)
+    return share_left(report, episode.centres(SKILLS[task].pick), episode.env.size)
 
 
 def result_of(job: Job, end: Mapping[str, float], policy: Conditioned) -> Result:
@@ -434,10 +435,10 @@ def read_results(folder: Path) -> list[Result]:
 def _result(path: Path, row: dict[str, str]) -> Result:
     try:
         whole = {name: int(row[name]) for name in ('seed', 'steps', 'queries')}
-        names = (
-            'latency_ms', 'kept', 'static', 'fine', 'action_error', 'object_static', 'object_kept',
-        )  # fmt: skip
+        names = ('latency_ms', 'kept', 'static', 'fine', 'action_error')
         real = {name: float(row[name]) for name in names}
+        # Ledgers of before do not have these.
+        real |= {n: float(row.get(n, 'nan')) for n in ('object_static', 'object_kept')}
         success = bool(int(row['success']))
         return Result(task=row['task'], method=row['method'], success=success, **whole, **real)
     except (KeyError, TypeError, ValueError) as error:

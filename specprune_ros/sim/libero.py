@@ -67,6 +67,7 @@ class LiberoEnv:
     Attributes:
         task: what to do.
         cameras: that are rendered.
+        size: height and width of the images, px.
         instruction: in words.
         state: of the present control step.
         rendering_s: spent on images so far.
@@ -109,7 +110,7 @@ class LiberoEnv:
         theirs = self._env.language_instruction if self.task.reworded else official.language
         self.instruction = self.task.instruction or theirs
         self._prepare_model(detail_m, size)
-        self._size = size
+        self.size = size
         self._renderer: Any = None
         self.rendering_s = 0.0
         _OPEN.add(self)
@@ -251,7 +252,7 @@ class LiberoEnv:
                     eye=data.cam_xpos[camera],
                     axes=data.cam_xmat[camera].reshape(3, 3),
                     fovy_deg=float(model.cam_fovy[camera]),
-                    size=self._size,
+                    size=self.size,
                 )
             )
         return np.stack(seen)
@@ -287,7 +288,7 @@ class LiberoEnv:
         import mujoco
 
         if self._renderer is None:
-            self._renderer = _make_renderer(self._env.env.sim.model._model, self._size)
+            self._renderer = _make_renderer(self._env.env.sim.model._model, self.size)
         options = mujoco.MjvOption()
         options.geomgroup[0] = 0  # collision shapes
         started = time.perf_counter()

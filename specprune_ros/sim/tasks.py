@@ -23,7 +23,8 @@ OWN_SUITES = {
     'libero_10': (10, 520),
     'libero_90': (90, 400),
 }
-# LIBERO-PRO's perturbations of them: other looks, other places, other words, another goal.
+# LIBERO-PRO's perturbations of them, under our limits for the originals: other looks, other
+# places, other words, another goal. It has more.
 PERTURBATIONS = ('object', 'swap', 'lan', 'task')
 SUITES = OWN_SUITES | {
     f'{suite}_{change}': figures

@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from specprune_ros.sim.found import REACH_PATCHES
 from specprune_ros.train.config import PATCH, FitConfig
 from specprune_ros.train.data import Batch
 from specprune_ros.train.network import AuxiliaryHeads, Outputs
 
 # Rotations are corrections of a few degrees; normalised, they would weigh as much as the way.
 ACTION_WEIGHTS = (1.0, 1.0, 1.0, 0.2, 0.2, 0.2, 1.0)
-REACH_PATCHES = 1.0  # an object's centre counts for patches this near to it, in x and in y
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
