@@ -13,6 +13,7 @@ from specprune_ros.config_files import from_mapping
 from specprune_ros.policy import Policy
 from specprune_ros.types import ExecutedAction, Observation
 
+pytest_plugins = ['journal']
 DATA = Path(__file__).parent / 'data'
 GOLDEN = Path(os.environ.get('SPECPRUNE_GOLDEN', DATA / 'golden'))
 ACTION_NAMES = ('x', 'y', 'z', 'roll', 'pitch', 'yaw', 'gripper')
