@@ -23,7 +23,7 @@ fi
 # ROS domain.
 log=$(mktemp) journal=$(mktemp)
 slow_tests() {
-  timeout --foreground --kill-after=10 1400 python -m pytest -m slow --journal "$journal"
+  timeout --foreground --kill-after=10 1400 python -m pytest -m slow --journal="$journal"
 }
 all_slow_tests() {
   local status=0
