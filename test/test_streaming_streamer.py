@@ -522,6 +522,15 @@ def test_a_small_correction_of_the_clock_is_no_jump():
     assert steps(world.commands) == [(1, 0), (1, 1), (1, 2)]
 
 
+@pytest.mark.parametrize(('back_ns', 'jumped'), [(10_000_000 - 1, False), (10_000_000, True)])
+def test_a_clock_that_is_set_back_by_ten_milliseconds_has_jumped(back_ns, jumped):
+    world = World()
+    world.put(ramp(0.01))
+    world.tick(2)
+    world.streamer.tick(world.now - back_ns)
+    assert (world.state == 'STALLED') == jumped
+
+
 def test_a_clock_that_jumps_ahead_starves():
     world = World()
     world.put(ramp(0.01))

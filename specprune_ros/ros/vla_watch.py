@@ -97,7 +97,7 @@ class Watchdogs:
     def _look_at_clock(self) -> None:
         """rclpy tells of jumps of simulated time only; a system clock can be set back too."""
         now_ns = self._now_ns()
-        if now_ns < self._watched_ns - CLOCK_STEP_NS:
+        if now_ns <= self._watched_ns - CLOCK_STEP_NS:
             self._went_back(now_ns - self._watched_ns)
         self._watched_ns = now_ns
 

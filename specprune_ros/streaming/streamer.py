@@ -285,7 +285,7 @@ class Streamer:
     def _at(self, now_ns: int) -> int:
         """Let time go on; when it jumped back, drop all that was stamped before."""
         back_ns = self._now_ns - now_ns
-        if back_ns > CLOCK_STEP_NS:
+        if back_ns >= CLOCK_STEP_NS:
             self._now_ns = now_ns
             self._forget()
             refusal = Refusal('clock_jump', f'the clock went back by {back_ns / NS:.3f} s')
