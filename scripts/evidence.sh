@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Makes the figures about success: data, networks, gates, table, robustness. It takes a day on two
-# cores; run it again and it goes on where it stopped.
+# Makes the figures about success: data, networks, gates, table, robustness. It takes many
+# hours; run it again and it goes on where it stopped.
 #
 #   bash scripts/evidence.sh [STAGE...]      # data train controls gates table seeds robustness
 #   SPECPRUNE_EVIDENCE=DIR                   # default out/evidence

@@ -15,6 +15,12 @@ LATENCY_WINDOW = 200  # queries over which percentiles are taken
 KINDS_KEPT = 1000  # kinds of fault whose last logging is remembered
 MEMORY_S = 1.0  # at most how often the GPU's memory is looked at
 REPEAT_S = 5.0  # the same kind of error is logged at most this often
+CLOCK_STEP_NS = 10_000_000  # a clock that is set back by less was corrected, and did not jump
+
+
+def has_jumped_back(before_ns: int, now_ns: int) -> bool:
+    """Whether a clock that showed the one and shows the other jumped."""
+    return before_ns - now_ns >= CLOCK_STEP_NS
 
 
 class Health:

@@ -28,7 +28,7 @@ def own_params(name: str | Path) -> Path | None:
         CheckpointError: nothing of that name is shipped.
     """
     path = find_checkpoint(name).resolve() / PARAMS
-    return path if path.is_file() and 'ros__parameters' in path.read_text() else None
+    return path if path.is_file() and b'ros__parameters' in path.read_bytes() else None
 
 
 def find_checkpoint(name: str | Path) -> Path:

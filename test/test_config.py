@@ -363,6 +363,15 @@ def test_a_shipped_checkpoints_parameters_can_be_read_by_ros(name):
     assert bare_booleans(text) == []
 
 
+def test_what_ships_is_launched_as_it_was_trained():
+    """The demo reads the robot and model files, `checkpoint:=shipped/..` the folder's own."""
+    files = ['robots/libero_small', 'models/libero_small']
+    ours, own = load_config(files), load_config([own_params('shipped/libero_small')])
+    assert ours.robot == own.robot
+    assert ours.pruning == own.pruning
+    assert dataclasses.replace(ours.model, checkpoint='') == own.model
+
+
 # Files in general ------------------------------------------------------------------------------
 
 

@@ -243,16 +243,16 @@ class TestConditions:
         )
         result = policy.infer(observation)
         policy.observe_executed(None, {'side': self.IMAGE})
-        assert policy.results == [result]
+        assert [query.report for query in policy.queries] == [result.report]
         policy.reset()
-        assert policy.results == policy.seconds == []
+        assert policy.queries == []
         return listener
 
     def test_rendering_is_no_latency(self):
         spent = iter([1.0, 1.03])
         policy = Conditioned(Listener(), 'normal', 'a/0', rendering_s=lambda: next(spent))
         policy.infer(Observation(images={}, proprio=None, instruction='x', stamp_ns=0))
-        assert policy.seconds == pytest.approx([0.02])
+        assert [query.seconds for query in policy.queries] == pytest.approx([0.02])
 
     def test_normal_changes_nothing(self):
         listener = self.given('normal')

@@ -17,7 +17,7 @@ from specprune_ros.config_files import load_config
 from specprune_ros.policy import Policy
 from specprune_ros.recordings import open_recording
 from specprune_ros.recordings.base import CameraEvent
-from specprune_ros.shipped import find_checkpoint
+from specprune_ros.shipped import own_params
 from specprune_ros.types import ExecutedAction, Observation
 
 CHECKPOINT = 'shipped/libero_small'
@@ -45,7 +45,7 @@ def frames() -> list[tuple[dict, ExecutedAction]]:
 def actions_of(method: str) -> list[dict]:
     """What each query of an episode gives: actions [8, 7], and tokens left in static pruning."""
     config = load_config(
-        [find_checkpoint(CHECKPOINT) / 'params.yaml'],
+        [own_params(CHECKPOINT)],
         {
             'model.checkpoint': CHECKPOINT,
             'pruning.method': method,

@@ -9,14 +9,13 @@ from rclpy.clock import JumpThreshold, TimeJump
 from rclpy.duration import Duration
 from rclpy.node import Node
 
-from specprune_ros.health import Presence
+from specprune_ros.health import Presence, has_jumped_back
 from specprune_ros.ros.vla_pipeline import Pipeline, Surroundings
 from specprune_ros.tasks import NS, NodeState
 
 WATCH_S = 0.05  # how often to look
 READER_GRACE_S = 1.0  # discovery takes a while: nobody is missed before
 PEER_TIMEOUT_S = 1.0  # of action_streamer's heartbeat, five a second
-CLOCK_STEP_NS = 10_000_000  # a clock that is set back by less was corrected, and did not jump
 
 
 class Watchdogs:
@@ -97,7 +96,7 @@ class Watchdogs:
     def _look_at_clock(self) -> None:
         """rclpy tells of jumps of simulated time only; a system clock can be set back too."""
         now_ns = self._now_ns()
-        if now_ns <= self._watched_ns - CLOCK_STEP_NS:
+        if has_jumped_back(self._watched_ns, now_ns):
             self._went_back(now_ns - self._watched_ns)
         self._watched_ns = now_ns
 

@@ -140,6 +140,23 @@ def pruning_of(method: str, base: PruneConfig) -> PruneConfig:
     return pruning
 
 
+@dataclass(frozen=True, eq=False)
+class Query:
+    """One inference of an episode.
+
+    Attributes:
+        report: its report.
+        seconds: end to end, without what was rendered while it looked at images.
+        error: mean absolute difference of its actions from the dense ones; 0 where nobody asked.
+        left: share of the object's patches after static pruning and at the end, or NaN.
+    """
+
+    report: PruneReport
+    seconds: float
+    error: float
+    left: tuple[float, float]
+
+
 class Conditioned:
     """A policy that is given something else than what there is, and whose queries are noted.
 
@@ -152,10 +169,7 @@ class Conditioned:
         found: of a query's report, what `found.share_left` says.
 
     Attributes:
-        results: of every query since the reset.
-        seconds: of every query, without what was rendered while it looked at images.
-        errors: of every query: mean absolute difference of its actions from the dense ones.
-        shares: of every query: what is left of the object, after static pruning and at the end.
+        queries: since the reset.
     """
 
     def __init__(
@@ -171,10 +185,7 @@ class Conditioned:
         self._rendering_s, self._found = rendering_s, found
         self._condition = CONDITIONS[condition]
         self._task = task
-        self.results: list[PolicyResult] = []
-        self.seconds: list[float] = []
-        self.errors: list[float] = []
-        self.shares: list[tuple[float, float]] = []
+        self.queries: list[Query] = []
 
     @property
     def config(self) -> PolicyConfig:
@@ -184,21 +195,19 @@ class Conditioned:
     def reset(self) -> None:
         """A new episode begins."""
         self._policy.reset()
-        for noted in (self.results, self.seconds, self.errors, self.shares):
-            noted.clear()
+        self.queries.clear()
 
     def infer(self, observation: Observation) -> PolicyResult:
         """One query."""
         given = self._condition.given(observation, self._task)
         before_s = self._rendering_s()
         result = self._policy.infer(given)
-        self.results.append(result)
-        rendered_s = self._rendering_s() - before_s
-        self.seconds.append(result.report.latency_total_s - rendered_s)
+        seconds = result.report.latency_total_s - (self._rendering_s() - before_s)
+        error = 0.0
         if self._dense is not None:
             wanted = self._dense.infer(given).chunk.data
-            self.errors.append(float(np.abs(result.chunk.data - wanted).mean()))
-        self.shares.append(self._found(result.report))
+            error = float(np.abs(result.chunk.data - wanted).mean())
+        self.queries.append(Query(result.report, seconds, error, self._found(result.report)))
         return result
 
     def observe_executed(
@@ -263,11 +272,13 @@ def result_of(job: Job, end: Mapping[str, float], policy: Conditioned) -> Result
         policy: with its queries, at least one.
     """
     task, method, seed = job
-    reports = [result.report for result in policy.results]
-    times = [1e3 * seconds for seconds in policy.seconds]
+    reports = [query.report for query in policy.queries]
+    times = [1e3 * query.seconds for query in policy.queries]
     total = [report.tokens_total.sum() for report in reports]
-    shares = np.array([some for some in policy.shares if np.isfinite(some).all()])
-    object_static, object_kept = shares.mean(axis=0).round(5) if len(shares) else (np.nan, np.nan)
+    left = [query.left for query in policy.queries if np.isfinite(query.left).all()] or [
+        (np.nan, np.nan)
+    ]
+    object_static, object_kept = (_mean(shares) for shares in zip(*left, strict=True))
     return Result(
         task=task,
         method=method,
@@ -279,9 +290,9 @@ def result_of(job: Job, end: Mapping[str, float], policy: Conditioned) -> Result
         kept=_mean([r.tokens_kept.sum() / n for r, n in zip(reports, total, strict=True)]),
         static=_mean([r.tokens_static.sum() / n for r, n in zip(reports, total, strict=True)]),
         fine=_mean([r.mode == Mode.FINE for r in reports]),
-        action_error=_mean(policy.errors) if policy.errors else 0.0,
-        object_static=float(object_static),
-        object_kept=float(object_kept),
+        action_error=_mean([query.error for query in policy.queries]),
+        object_static=object_static,
+        object_kept=object_kept,
     )
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from specprune_ros.health import has_jumped_back
 from specprune_ros.streaming.chunk_checks import rows_of
 from specprune_ros.streaming.config import StreamerConfig
 from specprune_ros.streaming.peer import Peer, Status
@@ -26,7 +27,6 @@ from specprune_ros.types import ActionChunk
 __all__ = ['Command', 'Output', 'Safety', 'StreamState', 'Streamer']
 
 DISABLING = ('tracking_error',)  # after these a person decides whether to go on
-CLOCK_STEP_NS = 10_000_000  # a clock that is set back by less was corrected, and did not jump
 
 
 ENABLED = (StreamState.WAITING, StreamState.STREAMING, StreamState.STALLED)
@@ -285,7 +285,7 @@ class Streamer:
     def _at(self, now_ns: int) -> int:
         """Let time go on; when it jumped back, drop all that was stamped before."""
         back_ns = self._now_ns - now_ns
-        if back_ns >= CLOCK_STEP_NS:
+        if has_jumped_back(self._now_ns, now_ns):
             self._now_ns = now_ns
             self._forget()
             refusal = Refusal('clock_jump', f'the clock went back by {back_ns / NS:.3f} s')
