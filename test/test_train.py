@@ -36,6 +36,7 @@ from specprune_ros.train.data import Batch, draw_batch, draw_visual_idx, load_tr
 from specprune_ros.train.export import export
 from specprune_ros.train.losses import losses_of, patch_labels
 from specprune_ros.train.network import AuxiliaryHeads, Network, Outputs
+from specprune_ros.train.precision import reduced
 from specprune_ros.train.trainer import CHECKPOINT, CURVES, Trainer
 from specprune_ros.train.vocabulary import write_tokenizer
 from specprune_ros.types import Observation
@@ -50,6 +51,8 @@ FIT = FitConfig(
     steps=4, vision_steps=1, layout_images=2, demo_frames=2, warm_up=1, gate_every=4,
     gate_scenes=4, shift_px=1,
 )  # fmt: skip
+
+NEEDS_MUON = pytest.mark.skipif(not hasattr(torch.optim, 'Muon'), reason='this torch has no Muon')
 
 
 def some_layouts(count: int, seed: int) -> Layouts:
@@ -271,8 +274,13 @@ class TestVocabulary:
 
 
 class TestTrainer:
-    def test_the_loss_falls(self, folders, data, tmp_path):
-        trainer = make_trainer(folders, data, tmp_path, steps=24, vision_steps=0, rate=3e-3)
+    @pytest.mark.parametrize('optimizer', ['adamw', pytest.param('muon', marks=NEEDS_MUON)])
+    @pytest.mark.parametrize('precision', ['float32', 'bfloat16'])
+    def test_the_loss_falls(self, folders, data, tmp_path, optimizer, precision):
+        trainer = make_trainer(
+            folders, data, tmp_path, steps=24, vision_steps=0, rate=3e-3, optimizer=optimizer,
+            precision=precision,
+        )  # fmt: skip
         losses = [trainer.train_step()['total'] for _ in range(24)]
         assert np.mean(losses[-6:]) < 0.8 * np.mean(losses[:3])
 
@@ -287,17 +295,71 @@ class TestTrainer:
             'action', 'target', 'flag', 'patch', 'words', 'total',
         }  # fmt: skip
 
-    def test_going_on_gives_the_same_weights(self, folders, data, trained, tmp_path):
-        first = make_trainer(folders, data, tmp_path)
+    @pytest.mark.parametrize(
+        'fit',
+        [{}, pytest.param({'optimizer': 'muon', 'precision': 'bfloat16'}, marks=NEEDS_MUON)],
+    )
+    def test_going_on_gives_the_same_weights(self, folders, data, tmp_path, fit):
+        whole = make_trainer(folders, data, tmp_path / 'whole', **fit)
+        assert whole.run()
+        first = make_trainer(folders, data, tmp_path / 'parts', **fit)
         for _ in range(2):
             first.train_step()
         first.save()
-        second = make_trainer(folders, data, tmp_path)
+        second = make_trainer(folders, data, tmp_path / 'parts', **fit)
         assert second.step == 2
         assert second.run()
         ours = weights(second)
-        for name, tensor in weights(trained).items():
+        for name, tensor in weights(whole).items():
             assert torch.equal(ours[name], tensor), name
+
+    def test_bfloat16_computes_the_same_but_for_its_rounding(self, folders, data, tmp_path):
+        steps = {}
+        for precision in ('float32', 'bfloat16'):
+            trainer = make_trainer(
+                folders, data, tmp_path / precision, vision_steps=0, precision=precision
+            )
+            losses = trainer.train_step()
+            gradients = [
+                p.grad.flatten() for p in trainer.network.parameters() if p.grad is not None
+            ]
+            assert {p.dtype for p in trainer.network.parameters()} == {torch.float32}
+            steps[precision] = losses, torch.cat(gradients)
+        (exact, gradient), (rounded, other) = steps['float32'], steps['bfloat16']
+        assert rounded == pytest.approx(exact, rel=0.03, abs=0.01)
+        assert rounded != exact
+        assert torch.cosine_similarity(gradient, other, dim=0) > 0.99
+
+    def test_precision_leaves_torch_as_it_was(self):
+        query = torch.ones(1, 1, 3, 4)
+        with reduced(torch.device('cpu'), 'bfloat16'):
+            assert torch.nn.functional.linear(query, query[0, 0]).dtype == torch.bfloat16
+        assert not torch.is_autocast_enabled('cpu')
+        assert not torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
+        assert torch.nn.functional.linear(query, query[0, 0]).dtype == torch.float32
+
+    @NEEDS_MUON
+    def test_muon_takes_the_matrices_of_the_layers_and_adamw_the_rest(
+        self, folders, data, tmp_path
+    ):
+        trainer = make_trainer(folders, data, tmp_path, optimizer='muon')
+        adamw, muon = (
+            [id(p) for group in one.param_groups for p in group['params']]
+            for one in trainer.optimizers
+        )
+        names = {id(p): name for name, p in trainer.network.named_parameters()}
+        assert sorted(adamw + muon) == sorted(
+            id(p) for module in (trainer.network, trainer.heads) for p in module.parameters()
+        )
+        taken = {names[one] for one in muon}
+        assert 'language_model.model.layers.0.self_attn.q_proj.weight' in taken
+        assert 'vision_backbone.featurizer.blocks.0.attn.qkv.weight' in taken
+        assert not any('embed' in name or name.endswith('bias') for name in taken)
+
+    def test_a_torch_without_muon_is_named(self, folders, data, tmp_path, monkeypatch):
+        monkeypatch.delattr(torch.optim, 'Muon', raising=False)
+        with pytest.raises(ConfigError, match=r'fit\.optimizer.*2\.9'):
+            make_trainer(folders, data, tmp_path, optimizer='muon')
 
     def test_a_signal_leaves_a_checkpoint(self, folders, data, tmp_path):
         trainer = make_trainer(folders, data, tmp_path, gate_every=1)

@@ -80,6 +80,16 @@ class FitConfig:
     layout_images: int = setting(10, 'still scenes of a batch', low=1)
     layout_instructions: int = setting(2, 'instructions per still scene', low=1)
     demo_frames: int = setting(12, 'demonstration frames of a batch', low=0)
+    optimizer: str = setting(
+        'adamw',
+        "'adamw', or 'muon', which takes the matrices of all layers and learns in fewer steps",
+        choices=('adamw', 'muon'),
+    )
+    precision: str = setting(
+        'float32',
+        'of products in forward and backward; weights are always float32',
+        choices=('float32', 'bfloat16'),
+    )
     rate: float = setting(1e-3, 'peak learning rate', low=0.0)
     final_rate: float = setting(0.05, 'share of the learning rate at the end', low=0.0, high=1.0)
     warm_up: int = setting(100, 'steps over which the learning rate rises', low=1)

@@ -7,6 +7,7 @@ that the words, too, are asked over what is left. A test compares the two.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -46,6 +47,10 @@ class Outputs:
     visual: Tensor
     patches: Tensor
     words: Tensor
+
+    def float(self) -> Outputs:
+        """The same in float32, for losses."""
+        return Outputs(*(getattr(self, f.name).float() for f in dataclasses.fields(self)))
 
 
 class Network(nn.Module):
@@ -175,12 +180,21 @@ def _layer(layer: nn.Module, hidden: Tensor, rotary: Rotary, head_dim: int) -> T
     weight = torch.cat([p.weight for p in (attention.q_proj, attention.k_proj, attention.v_proj)])
     heads = F.linear(_rms_norm(hidden, layer.input_layernorm), weight)
     query, key, value = heads.unflatten(-1, (-1, head_dim)).transpose(1, 2).chunk(3, dim=1)
-    mixed = F.scaled_dot_product_attention(rotary(query), rotary(key), value)
+    mixed = _attend(rotary(query), rotary(key), value)
     hidden = hidden + attention.o_proj(mixed.transpose(1, 2).flatten(2))
     weight = torch.cat((mlp.gate_proj.weight, mlp.up_proj.weight))
     normed = _rms_norm(hidden, layer.post_attention_layernorm)
     gate, up = F.linear(normed, weight).chunk(2, dim=-1)
     return hidden + mlp.down_proj(F.silu(gate) * up)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """[B, H, K, D] of each -> the same. See `precision.reduced` for why not always fused."""
+    if torch.is_autocast_enabled('cpu') and query.device.type == 'cpu':
+        with torch.autocast('cpu', enabled=False):  # it would make float32 of the scores
+            scaled = (query * query.shape[-1] ** -0.5).to(value.dtype)
+            return (scaled @ key.to(value.dtype).transpose(-1, -2)).softmax(dim=-1) @ value
+    return F.scaled_dot_product_attention(query, key, value)
 
 
 def _rms_norm(hidden: Tensor, norm: nn.Module) -> Tensor:

@@ -25,6 +25,7 @@ from specprune_ros.train.data import TrainingSet, draw_batch, draw_visual_idx
 from specprune_ros.train.gate import Gate, measure
 from specprune_ros.train.losses import losses_of, patch_labels, patch_loss
 from specprune_ros.train.network import AuxiliaryHeads, Network
+from specprune_ros.train.precision import reduced
 from specprune_ros.train.vocabulary import write_tokenizer
 
 CHECKPOINT, CURVES = 'training.pt', 'curves.csv'
@@ -69,7 +70,7 @@ class Trainer:
         for module in (self.network, self.heads):
             module.to(self.device)
         self.averaged = tuple(copy.deepcopy(m) for m in (self.network, self.heads))
-        self.optimizer = make_optimizer(self._parameters(), fit)
+        self.optimizers = make_optimizers(self.network, self.heads, fit)
         self.step, self.seconds = 0, 0.0
         self.smooth: dict[str, float] = {}
         folder.mkdir(parents=True, exist_ok=True)
@@ -113,14 +114,16 @@ class Trainer:
             the losses before it, by name.
         """
         started, fit = time.monotonic(), self.config.fit
-        for group in self.optimizer.param_groups:
-            group['lr'] = learning_rate(self.step, fit)
         vision = self.step < fit.vision_steps
         values = self._vision_losses() if vision else self._losses()
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
         values['total'].backward()
         torch.nn.utils.clip_grad_norm_(self._parameters(), fit.clip)
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group['lr'] = learning_rate(self.step, fit)
+            optimizer.step()
         self._average()
         self.step += 1
         self.seconds += time.monotonic() - started
@@ -139,8 +142,9 @@ class Trainer:
             shift_px=fit.shift_px, colour=fit.colour,
         )  # fmt: skip
         batch = batch.to(self.device)
-        patches = self.network.patches(batch.images)
-        loss = patch_loss(patches, self.heads, *patch_labels(batch.pixels, size))
+        with reduced(self.device, fit.precision):
+            patches = self.network.patches(batch.images)
+        loss = patch_loss(patches.float(), self.heads, *patch_labels(batch.pixels, size))
         return {'patch': loss, 'total': loss}
 
     def _losses(self) -> dict[str, Tensor]:
@@ -158,8 +162,9 @@ class Trainer:
                 self.step, seed=fit.seed, sequences=len(ids), dropout=fit.token_dropout,
                 patches=batch.images.shape[1] * (size // PATCH) ** 2,
             ).to(self.device)  # fmt: skip
-        outputs = self.network(batch.images, batch.scene, batch.proprio, ids, visual_idx)
-        losses = losses_of(outputs, self.heads, batch, size, visual_idx)
+        with reduced(self.device, fit.precision):
+            outputs = self.network(batch.images, batch.scene, batch.proprio, ids, visual_idx)
+        losses = losses_of(outputs.float(), self.heads, batch, size, visual_idx)
         values = {f.name: getattr(losses, f.name) for f in dataclasses.fields(losses)}
         return {**values, 'total': losses.total(fit)}
 
@@ -203,7 +208,7 @@ class Trainer:
             'network': self.network.state_dict(),
             'heads': self.heads.state_dict(),
             'averaged': [module.state_dict() for module in self.averaged],
-            'optimizer': self.optimizer.state_dict(),
+            'optimizers': [optimizer.state_dict() for optimizer in self.optimizers],
             'bounds': {
                 kind: [
                     getattr(self.data, f'{kind}_bounds').low.tolist(),
@@ -225,7 +230,8 @@ class Trainer:
             self.heads.load_state_dict(state['heads'])
             for module, values in zip(self.averaged, state['averaged'], strict=True):
                 module.load_state_dict(values)
-            self.optimizer.load_state_dict(state['optimizer'])
+            for optimizer, values in zip(self.optimizers, state['optimizers'], strict=True):
+                optimizer.load_state_dict(values)
             self.step, self.seconds = state['step'], state['seconds']
             self.smooth = state['smooth']
             self.data = self._with_bounds(state['bounds'])
@@ -260,13 +266,36 @@ def _short(value: float) -> object:
     return float(f'{value:.4g}') if isinstance(value, float) else value
 
 
-def make_optimizer(parameters: list[torch.nn.Parameter], fit: FitConfig) -> torch.optim.AdamW:
-    """AdamW; only matrices decay."""
+def make_optimizers(
+    network: Network, heads: AuxiliaryHeads, fit: FitConfig
+) -> list[torch.optim.Optimizer]:
+    """AdamW; with `fit.optimizer` muon, Muon for the matrices that map activations.
+
+    Only matrices decay.
+
+    Raises:
+        ConfigError: this torch has no Muon.
+    """
+    inner = [m.weight for m in network.modules() if isinstance(m, torch.nn.Linear)]
+    chosen = {id(p) for p in inner} if fit.optimizer == 'muon' else set()
+    rest = [p for m in (network, heads) for p in m.parameters() if id(p) not in chosen]
     groups = [
-        {'params': [p for p in parameters if p.dim() > 1], 'weight_decay': fit.weight_decay},
-        {'params': [p for p in parameters if p.dim() <= 1], 'weight_decay': 0.0},
+        {'params': [p for p in rest if p.dim() > 1], 'weight_decay': fit.weight_decay},
+        {'params': [p for p in rest if p.dim() <= 1], 'weight_decay': 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=fit.rate, betas=(0.9, 0.98))
+    optimizers = [torch.optim.AdamW(groups, lr=fit.rate, betas=(0.9, 0.98))]
+    if chosen:
+        if not hasattr(torch.optim, 'Muon'):
+            raise ConfigError('fit.optimizer', fit.optimizer, 'needs torch 2.9 or newer')
+        optimizers.append(
+            torch.optim.Muon(
+                inner,
+                lr=fit.rate,
+                weight_decay=fit.weight_decay,
+                adjust_lr_fn='match_rms_adamw',  # the same rate serves both
+            )
+        )
+    return optimizers
 
 
 def learning_rate(step: int, fit: FitConfig) -> float:
