@@ -48,6 +48,8 @@ def result(task='a/0', method='dense', seed=0, success=True, **changes) -> Resul
 # The wrist camera's 5 x 8 patches and the side camera's 6 x 10: one row of the first goes in
 # static pruning, another one later.
 WENT = np.concatenate([np.repeat((0, 2, 0, 5, 0), 8), np.zeros(60)]).astype(np.uint8)
+# The dense model's: that early row and that late one, and half of the side camera's.
+IMPORTANT = np.concatenate([np.repeat((0, 1, 0, 1, 0), 8), np.arange(60) % 2]).astype(np.uint8)
 
 
 class Still:
@@ -68,6 +70,7 @@ class Still:
             tokens_static=np.array([20, 20]), tokens_kept=np.array([10, 20]),
             cameras=('wrist', 'side'), grid_rows=np.array([5, 6]), grid_cols=np.array([8, 10]),
             reason=np.ones(100, np.uint8), pruned_after_layer=WENT, static_layer=2,
+            important=IMPORTANT, flops_share=0.4,
             latency_total_s=0.5 if observation.stamp_ns == 0 else 0.02,
         )  # fmt: skip
         chunk = SimpleNamespace(data=np.full((8, 7), self._action))
@@ -91,7 +94,7 @@ def worlds(monkeypatch):
         return world
 
     def policy(plan, method):
-        return Still(0.0 if method == 'dense' else 0.25)
+        return Still(0.25 if method == 'specprune' else 0.0)
 
     monkeypatch.setattr(evaluating, '_policy', policy)
     monkeypatch.setattr(evaluating, '_environment', environment)
@@ -149,10 +152,10 @@ class TestShareLeft:
     def test_a_ledger_of_before_can_still_be_read(self, tmp_path, worlds):
         list(evaluating.evaluate(tmp_path, PLAN, [(TASKS[0], 'dense', 0)], workers=0))
         path = tmp_path / 'episodes.csv'
-        rows = [line.rsplit(',', 2)[0] for line in path.read_text().splitlines()]
+        rows = [line.rsplit(',', 5)[0] for line in path.read_text().splitlines()]
         path.write_text('\n'.join(rows) + '\n')
         (one,) = read_results(tmp_path)
-        assert np.isnan(one.object_static)
+        assert np.isnan((one.object_static, one.flops, one.recall_kept)).all()
         assert one.kept == 0.3
 
     def test_a_task_that_the_expert_does_not_know_has_none(self, tmp_path, worlds, monkeypatch):
@@ -306,7 +309,11 @@ class TestEvaluate:
             assert (one.kept, one.static, one.fine) == (0.3, 0.4, 1.0)
             assert one.latency_ms == 20.0, 'without the first query'
             assert (one.object_static, one.object_kept) == (0.5, 0.5)
-            assert one.action_error == (0.25 if one.method == 'specprune' else 0.0)
+            pruned = one.method == 'specprune'
+            assert one.action_error == (0.25 if pruned else 0.0)
+            assert one.flops == 0.4
+            # Half, then none of the wrist's important ones; all of the side's.
+            assert (one.recall_static, one.recall_kept) == ((0.75, 0.5) if pruned else (1.0, 1.0))
         assert read_results(tmp_path) == results
 
     def test_a_second_run_makes_only_what_is_missing(self, tmp_path, worlds):

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from specprune_ros.sim.comparison import Cell
     from specprune_ros.sim.evaluate import Plan
 
-WIDTH = 120  # columns where the output is no terminal
+WIDTH = 140  # columns where the output is no terminal
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -164,7 +164,7 @@ def cell_table(cells: Sequence[Cell], condition: str) -> Table:
     table = Table(title='success' if condition == 'normal' else f'success, {condition}')
     for name in (
         'task', 'method', 'success', '95 %', 'won, lost', 'p', 'steps', 'ms', 'static', 'kept',
-        'object', 'fine', 'error',
+        'FLOPs', 'object', 'recall', 'fine', 'error',
     ):  # fmt: skip
         table.add_column(name, justify='left' if name in ('task', 'method') else 'right')
     for cell in cells:
@@ -179,7 +179,9 @@ def cell_table(cells: Sequence[Cell], condition: str) -> Table:
             f'{cell.latency_ms:.1f}',
             f'{cell.static:.0%}',
             f'{cell.kept:.0%}',
+            '' if math.isnan(cell.flops) else f'{cell.flops:.0%}',
             _shares(cell.object_static, cell.object_kept),
+            _shares(cell.recall_static, cell.recall_kept),
             f'{cell.fine:.0%}',
             f'{cell.action_error:.3f}',
         )

@@ -11,6 +11,9 @@ import numpy as np
 from specprune_ros.sim.evaluate import Result
 from specprune_ros.sim.summary import wilson_interval
 
+# Fields of Result that not every episode has.
+PARTIAL = ('object_static', 'object_kept', 'flops', 'recall_static', 'recall_kept')
+
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
@@ -25,7 +28,8 @@ class Cell:
         steps: of the successful ones, mean; NaN without.
         latency_ms: of a query, median over episodes.
         kept, static, fine, action_error: see Result, means.
-        object_static, object_kept: likewise, of the episodes that have them.
+        object_static, object_kept, flops, recall_static, recall_kept: likewise, of the episodes
+            that have them.
         won, lost: episodes that only this method, or only the reference, solved; None for the
             reference itself.
         p_value: two-sided, of the exact test on these; None likewise.
@@ -45,6 +49,9 @@ class Cell:
     action_error: float
     object_static: float
     object_kept: float
+    flops: float
+    recall_static: float
+    recall_kept: float
     won: int | None
     lost: int | None
     p_value: float | None
@@ -86,8 +93,7 @@ def _cell(task: str, results: Sequence[Result], method: str, reference: str) -> 
         static=_mean([one.static for one in mine]),
         fine=_mean([one.fine for one in mine]),
         action_error=_mean([one.action_error for one in mine]),
-        object_static=_mean([x for one in mine if not math.isnan(x := one.object_static)]),
-        object_kept=_mean([x for one in mine if not math.isnan(x := one.object_kept)]),
+        **{name: _mean_known([getattr(one, name) for one in mine]) for name in PARTIAL},
         won=won,
         lost=lost,
         p_value=p_value,
@@ -96,6 +102,10 @@ def _cell(task: str, results: Sequence[Result], method: str, reference: str) -> 
 
 def _mean(values: Sequence[float]) -> float:
     return float(np.mean(values)) if values else math.nan
+
+
+def _mean_known(values: Sequence[float]) -> float:
+    return _mean([value for value in values if not math.isnan(value)])
 
 
 def discordant(mine: Sequence[Result], theirs: Sequence[Result]) -> tuple[int, int]:

@@ -14,6 +14,7 @@ import csv
 import dataclasses
 import functools
 import json
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
+from specprune_ros.ablation.panel import kept_recall
 from specprune_ros.ablation.task import Driven
 from specprune_ros.config import PolicyConfig, PruneConfig
 from specprune_ros.config_files import load_config
@@ -39,6 +41,7 @@ from specprune_ros.types import ExecutedAction, Mode, Observation, PolicyResult,
 
 PLAN, EPISODES = 'evaluation.json', 'episodes.csv'
 DENSE = 'dense'
+RULER = 'specprune:dense_every=1'  # dense as well, and says what it finds important
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +96,11 @@ class Result:
         object_static, object_kept: share left of the patches around the object to pick, after
             static pruning and at the end, mean over the queries, dense ones, too, in which a
             camera has it in its view, hidden or not; NaN for a task that the expert does not know.
+        flops: of the decoder, as a share of the dense one's (A.3), mean over queries.
+        recall_static, recall_kept: share left of the patches that a dense inference on the same
+            observation finds important, after static pruning and at the end, see
+            `ablation.panel.kept_recall`; mean over queries without the first one, which is dense;
+            NaN where there is no other.
     """
 
     task: str
@@ -108,6 +116,9 @@ class Result:
     action_error: float
     object_static: float
     object_kept: float
+    flops: float = math.nan
+    recall_static: float = math.nan
+    recall_kept: float = math.nan
 
 
 Job = tuple[str, str, int]  # task, method, seed
@@ -149,12 +160,14 @@ class Query:
         seconds: end to end, without what was rendered while it looked at images.
         error: mean absolute difference of its actions from the dense ones; 0 where nobody asked.
         left: share of the object's patches after static pruning and at the end, or NaN.
+        recall: likewise of the patches that the dense model finds important; 1 where nobody asked.
     """
 
     report: PruneReport
     seconds: float
     error: float
     left: tuple[float, float]
+    recall: tuple[float, float]
 
 
 class Conditioned:
@@ -164,7 +177,7 @@ class Conditioned:
         policy: that acts.
         condition: a key of CONDITIONS.
         task: its name.
-        dense: is asked the same, to compare; None: nobody is.
+        dense: is asked the same, to compare, and says what is important; None: nobody is.
         rendering_s: how long the simulator has rendered so far.
         found: of a query's report, what `found.share_left` says.
 
@@ -203,11 +216,13 @@ class Conditioned:
         before_s = self._rendering_s()
         result = self._policy.infer(given)
         seconds = result.report.latency_total_s - (self._rendering_s() - before_s)
-        error = 0.0
+        error, recall = 0.0, (1.0, 1.0)
         if self._dense is not None:
-            wanted = self._dense.infer(given).chunk.data
-            error = float(np.abs(result.chunk.data - wanted).mean())
-        self.queries.append(Query(result.report, seconds, error, self._found(result.report)))
+            dense = self._dense.infer(given)
+            error = float(np.abs(result.chunk.data - dense.chunk.data).mean())
+            recall = kept_recall(result.report, dense.report.important)
+        left = self._found(result.report)
+        self.queries.append(Query(result.report, seconds, error, left, recall))
         return result
 
     def observe_executed(
@@ -240,7 +255,7 @@ def run_episode(plan: Plan, job: Job, film: Path | None = None) -> Result:
     env = _environment(task, config.robot.camera_names, plan.size)
     env.disturb(CONDITIONS[plan.condition].scene, seed)
     episode = LiberoTask(env, config.robot, plan.open_loop_steps)
-    dense = None if method == DENSE else _policy(_Frozen(plan), DENSE)
+    dense = None if method == DENSE else _policy(_Frozen(plan), RULER)
     policy = Conditioned(
         _policy(_Frozen(plan), method),
         plan.condition,
@@ -275,10 +290,8 @@ def result_of(job: Job, end: Mapping[str, float], policy: Conditioned) -> Result
     reports = [query.report for query in policy.queries]
     times = [1e3 * query.seconds for query in policy.queries]
     total = [report.tokens_total.sum() for report in reports]
-    left = [query.left for query in policy.queries if np.isfinite(query.left).all()] or [
-        (np.nan, np.nan)
-    ]
-    object_static, object_kept = (_mean(shares) for shares in zip(*left, strict=True))
+    object_static, object_kept = _mean_shares([query.left for query in policy.queries])
+    recall_static, recall_kept = _mean_shares([query.recall for query in policy.queries[1:]])
     return Result(
         task=task,
         method=method,
@@ -293,7 +306,19 @@ def result_of(job: Job, end: Mapping[str, float], policy: Conditioned) -> Result
         action_error=_mean([query.error for query in policy.queries]),
         object_static=object_static,
         object_kept=object_kept,
+        flops=_mean([report.flops_share for report in reports]),
+        recall_static=recall_static,
+        recall_kept=recall_kept,
     )
+
+
+def _mean_shares(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Of the pairs that are known; NaN without any."""
+    known = [pair for pair in pairs if np.isfinite(pair).all()]
+    if not known:
+        return math.nan, math.nan
+    first, second = (_mean(values) for values in zip(*known, strict=True))
+    return first, second
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -449,7 +474,8 @@ def _result(path: Path, row: dict[str, str]) -> Result:
         names = ('latency_ms', 'kept', 'static', 'fine', 'action_error')
         real = {name: float(row[name]) for name in names}
         # Ledgers of before do not have these.
-        real |= {n: float(row.get(n, 'nan')) for n in ('object_static', 'object_kept')}
+        later = ('object_static', 'object_kept', 'flops', 'recall_static', 'recall_kept')
+        real |= {name: float(row.get(name) or 'nan') for name in later}
         success = bool(int(row['success']))
         return Result(task=row['task'], method=row['method'], success=success, **whole, **real)
     except (KeyError, TypeError, ValueError) as error:
