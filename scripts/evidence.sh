@@ -2,7 +2,9 @@
 # Makes the figures about success: data, networks, gates, table, robustness. It takes many
 # hours; run it again and it goes on where it stopped.
 #
-#   bash scripts/evidence.sh [STAGE...]      # data train controls gates table seeds robustness
+#   bash scripts/evidence.sh [STAGE...]      # default: all, in this order:
+#                                          # data train controls gates table goal seeds
+#                                          # robustness document
 #   SPECPRUNE_EVIDENCE=DIR                   # default out/evidence
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -15,15 +17,20 @@ specprune=.venv-sim/bin/specprune
 
 SHUFFLED=(object_shuffled/{0..3})
 GOALS=(libero_goal/{1,4,6,8})
-STEPS=6000 EARLIER='[4500,5250]' # checkpoints of one run
+EARLIER='[4000,4500]' # checkpoints of one run
 EPISODES=50 # per task
 FIXED=specprune:budget=fixed
 MAIN=(dense $FIXED specprune:budget=union random:budget=fixed uniform:budget=fixed)
 STUDY=( # FlashVLA's reuse of actions and the other methods: not written yet
   $FIXED,alpha=1.0 $FIXED,alpha=0.6
-  $FIXED,controller=false $FIXED,k_global=0 $FIXED,dynamic=false $FIXED,static=false
+  $FIXED,controller=false $FIXED,dynamic=false $FIXED,static=false
+  $FIXED,dynamic=false,controller=false
+  $FIXED,k_global=0,k_local_coarse=14,k_local_fine=18 # the paper gives K_local what K_global had
   $FIXED,layer_weight=average $FIXED,score_direction=image_to_text
   $FIXED,hysteresis=false # Alg. 1's stateless mode
+  $FIXED,translation_threshold={0.3,0.7} $FIXED,rotation_threshold={0.1,0.4}
+  $FIXED,k_global={5,10} $FIXED,k_local_coarse=3,k_dynamic_coarse=4
+  $FIXED,k_local_coarse=9,k_dynamic_coarse=8
 )
 
 train() { # NAME, then settings
@@ -31,7 +38,24 @@ train() { # NAME, then settings
   shift
   $specprune train --params train/libero --out "$out/$name" \
     --set data.demos="[$out/demos]" --set data.layouts="[$out/layouts]" \
-    --set data.gate="$out/gate" --set fit.threads="$cores" --set fit.steps=$STEPS "$@"
+    --set data.gate="$out/gate" "$@"
+}
+
+# Two networks at a time, each on one core: 6 GB of memory each. What they say is in NAME.log.
+running=()
+beside() {
+  if ((${#running[@]} > 1)); then
+    wait "${running[0]}"
+    running=("${running[@]:1}")
+  fi
+  "$@" >"$out/$2.log" 2>&1 &
+  running+=($!)
+}
+
+ended() {
+  local one
+  for one in "${running[@]}"; do wait "$one"; done
+  running=()
 }
 
 evaluate() { # CHECKPOINT, NAME, then arguments
@@ -49,13 +73,16 @@ stage_data() {
 }
 
 stage_train() {
-  train seed_0 --set fit.seed=0 --set fit.keep="$EARLIER"
-  for seed in 1 2; do train "seed_$seed" --set fit.seed=$seed; done
+  beside train seed_0 --set fit.seed=0 --set fit.keep="$EARLIER"
+  beside train seed_1 --set fit.seed=1
+  beside train seed_2 --set fit.seed=2
+  ended
 }
 
 stage_controls() { # what a network learns that is never shown images, or never told what to do
-  train grey --set data.withheld=images
-  train mute --set data.withheld=instruction
+  beside train grey --set data.withheld=images
+  beside train mute --set data.withheld=instruction
+  ended
 }
 
 stage_gates() {
@@ -68,7 +95,6 @@ stage_gates() {
     --condition grey
   evaluate "$out/mute/checkpoint" gate_trained_mute --method dense --task "${SHUFFLED[@]}" \
     --condition withheld
-  evaluate "$out/seed_0/checkpoint" gate_goal --method dense --task "${GOALS[@]}"
   evaluate "$out/seed_0/checkpoint" gate_goal_grey --method dense --task "${GOALS[@]}" \
     --condition grey
 }
@@ -78,9 +104,14 @@ stage_table() {
     --task "${SHUFFLED[@]}"
 }
 
+stage_goal() {
+  evaluate "$out/seed_0/checkpoint" goal --method dense $FIXED random:budget=fixed \
+    --task "${GOALS[@]}"
+}
+
 stage_seeds() {
   local run
-  for run in seed_1/checkpoint seed_2/checkpoint seed_0/step_4500 seed_0/step_5250; do
+  for run in seed_1/checkpoint seed_2/checkpoint seed_0/step_4000 seed_0/step_4500; do
     evaluate "$out/$run" "main_${run%/*}_${run#*/}" --task "${SHUFFLED[@]}" \
       --method dense $FIXED random:budget=fixed
   done
@@ -96,8 +127,13 @@ stage_robustness() {
     --task libero_object/0 libero_object_{object,swap,lan,task}/0 # 50 states are all there are
 }
 
+stage_document() {
+  cp "$out"/eval/*.json docs/evidence/
+  .venv/bin/python scripts/evidence_tables.py
+}
+
 mkdir -p "$out/eval"
-for stage in "${@:-data train controls gates table seeds robustness}"; do
+for stage in "${@:-data train controls gates table goal seeds robustness document}"; do
   for one in $stage; do
     "stage_$one"
   done

@@ -1,0 +1,271 @@
+"""Fill the tables of docs/evidence.md from docs/evidence/*.json, which `specprune eval` wrote.
+
+python scripts/evidence_tables.py           # rewrites the document
+python scripts/evidence_tables.py --check   # 1 where it says something else than the files
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENT, FIGURES = ROOT / 'docs' / 'evidence.md', ROOT / 'docs' / 'evidence'
+BLOCK = re.compile(r'(<!-- table: (\w+) -->\n).*?(<!-- end -->)', re.DOTALL)
+FIXED = 'specprune:budget=fixed'
+MISSING = 'not measured yet'
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of a table: what it is called, and where its figures are.
+
+    Attributes:
+        name: as the document has it.
+        file: of FIGURES, without its ending.
+        method: as `specprune eval` has it.
+        task: its name; '' for all.
+    """
+
+    name: str
+    file: str
+    method: str
+    task: str = ''
+
+
+Cell = dict
+Column = tuple[str, Callable[[Cell], str]]
+
+
+def success(cell: Cell) -> str:
+    """'181/200, 90.5 %'."""
+    rate = 100 * cell['successes'] / cell['episodes']
+    return f'{cell["successes"]}/{cell["episodes"]}, {rate:.1f} %'
+
+
+def interval(cell: Cell) -> str:
+    """'85.6 to 93.9 %'."""
+    return f'{100 * cell["low"]:.1f} to {100 * cell["high"]:.1f} %'
+
+
+def paired(cell: Cell) -> str:
+    """'+3 -11, p 0.057': episodes that only this one, or only the reference solved."""
+    if cell['p_value'] is None:
+        return ''
+    p = cell['p_value']
+    return f'+{cell["won"]} -{cell["lost"]}, p {"< 0.001" if p < 0.001 else f"{p:.3f}"}'
+
+
+def share(*names: str) -> Callable[[Cell], str]:
+    """'31 %, 22 %' of some fields; nothing where one is unknown."""
+
+    def text(cell: Cell) -> str:
+        values = [cell[name] for name in names]
+        return '' if None in values else ', '.join(f'{100 * value:.0f} %' for value in values)
+
+    return text
+
+
+def action_error(cell: Cell) -> str:
+    """Against dense."""
+    return '' if cell['p_value'] is None else f'{cell["action_error"]:.3f}'
+
+
+SUCCESS: tuple[Column, ...] = (('success', success), ('95 %', interval))
+PAIRED: tuple[Column, ...] = (*SUCCESS, ('against dense', paired))
+KEPT: tuple[Column, ...] = (('static, end', share('static', 'kept')), ('FLOPs', share('flops')))
+RECALL: Column = ('recall: static, end', share('recall_static', 'recall_kept'))
+OBJECT: Column = ('object: static, end', share('object_static', 'object_kept'))
+FULL = (*PAIRED, *KEPT, RECALL, OBJECT, ('action error', action_error))
+GOAL_TASKS = [f'libero_goal/{index}' for index in (1, 4, 6, 8)]
+SHUFFLED_TASKS = [f'object_shuffled/{index}' for index in range(4)]
+
+
+def study(name: str, fields: str) -> Row:
+    """A variant of SpecPrune in the main evaluation."""
+    return Row(name, 'table', f'{FIXED},{fields}' if fields else FIXED)
+
+
+OURS = study('**SpecPrune, alpha 0.8**', '')
+TABLES: dict[str, tuple[tuple[Column, ...], list[Row]]] = {
+    'gates': (
+        SUCCESS,
+        [
+            Row('dense', 'gate_normal', 'dense'),
+            Row('grey images', 'gate_grey', 'dense'),
+            Row('trained on grey images', 'gate_trained_grey', 'dense'),
+            Row('instruction withheld', 'gate_withheld', 'dense'),
+            Row('trained without instruction', 'gate_trained_mute', 'dense'),
+            Row('another instruction', 'gate_wrong', 'dense'),
+            Row('dense, `libero_goal`', 'goal', 'dense'),
+            Row('grey images, `libero_goal`', 'gate_goal_grey', 'dense'),
+        ],
+    ),
+    'main': (
+        FULL,
+        [
+            Row('dense', 'table', 'dense'),
+            OURS,
+            Row('SpecPrune, budget `union`', 'table', 'specprune:budget=union'),
+            Row('random, as many', 'table', 'random:budget=fixed'),
+            Row('uniform, as many', 'table', 'uniform:budget=fixed'),
+        ],
+    ),
+    'goal': (
+        FULL,
+        [
+            Row('dense', 'goal', 'dense'),
+            Row('**SpecPrune, alpha 0.8**', 'goal', FIXED),
+            Row('random, as many', 'goal', 'random:budget=fixed'),
+        ],
+    ),
+    'tasks': (
+        (('success', success),),
+        [
+            Row(f'`{task}`, {name}', file, method, task)
+            for file, tasks in (('table', SHUFFLED_TASKS), ('goal', GOAL_TASKS))
+            for task in tasks
+            for name, method in (('dense', 'dense'), ('SpecPrune', FIXED))
+        ],
+    ),
+    'global_reuse': (
+        (*PAIRED, RECALL),
+        [OURS, study('without global reuse', 'k_global=0,k_local_coarse=14,k_local_fine=18')],
+    ),
+    'layer_weight': ((*PAIRED, RECALL), [OURS, study('average', 'layer_weight=average')]),
+    'thresholds': (
+        (*PAIRED, ('fine', share('fine'))),
+        [
+            study('translation 0.3', 'translation_threshold=0.3'),
+            study('translation 0.5, rotation 0.2', ''),
+            study('translation 0.7', 'translation_threshold=0.7'),
+            study('rotation 0.1', 'rotation_threshold=0.1'),
+            study('rotation 0.4', 'rotation_threshold=0.4'),
+        ],
+    ),
+    'alpha': (
+        (*PAIRED, *KEPT),
+        [
+            Row('dense', 'table', 'dense'),
+            study('alpha 1.0', 'alpha=1.0'),
+            OURS,
+            study('alpha 0.6', 'alpha=0.6'),
+        ],
+    ),
+    'techniques': (
+        (*PAIRED, *KEPT),
+        [
+            Row('dense', 'table', 'dense'),
+            study('static alone', 'dynamic=false,controller=false'),
+            study('static and dynamic', 'controller=false'),
+            study('dynamic and controller', 'static=false'),
+            study('static and controller', 'dynamic=false'),
+            OURS,
+        ],
+    ),
+    'k': (
+        (*PAIRED, RECALL),
+        [
+            study('K_global 5 (20 of 256)', 'k_global=5'),
+            study('K_global 8 (30), K_local 6, K_dynamic 5', ''),
+            study('K_global 10 (40)', 'k_global=10'),
+            study('K_local 3, K_dynamic 4', 'k_local_coarse=3,k_dynamic_coarse=4'),
+            study('K_local 9, K_dynamic 8', 'k_local_coarse=9,k_dynamic_coarse=8'),
+        ],
+    ),
+    'readings': (
+        FULL,
+        [
+            OURS,
+            study('score direction image to text', 'score_direction=image_to_text'),
+            study('stateless controller', 'hysteresis=false'),
+        ],
+    ),
+    'seeds': (
+        FULL,
+        [
+            Row(f'seed {seed}, step {step}: {name}', file, method)
+            for seed, step, file in (
+                (0, '5000', 'table'),
+                (0, '4500', 'main_seed_0_step_4500'),
+                (0, '4000', 'main_seed_0_step_4000'),
+                (1, '5000', 'main_seed_1_checkpoint'),
+                (2, '5000', 'main_seed_2_checkpoint'),
+            )
+            for name, method in (
+                ('dense', 'dense'),
+                ('SpecPrune', FIXED),
+                ('random', 'random:budget=fixed'),
+            )
+        ],
+    ),
+    'robustness': (
+        (*PAIRED, ('action error', action_error)),
+        [
+            Row(f'{condition}: {name}', f'robust_{condition}', method)
+            for condition in ('noise', 'blur', 'dark', 'bright', 'camera', 'pro')
+            for name, method in (
+                ('dense', 'dense'),
+                ('SpecPrune', FIXED),
+                ('random', 'random:budget=fixed'),
+            )
+        ],
+    ),
+}
+
+
+def table(name: str, figures: Path) -> str:
+    """One table in Markdown.
+
+    Args:
+        name: a key of TABLES.
+        figures: folder of the JSON files.
+    """
+    columns, rows = TABLES[name]
+    lines = [
+        '| | ' + ' | '.join(heading for heading, _ in columns) + ' |',
+        '|---|' + '---:|' * len(columns),
+    ]
+    for row in rows:
+        cell = find_cell(row, figures)
+        shown = [MISSING] + [''] * (len(columns) - 1)
+        if cell is not None:
+            shown = [text(cell) for _, text in columns]
+        lines.append(f'| {row.name} | ' + ' | '.join(shown) + ' |')
+    return '\n'.join(lines) + '\n'
+
+
+def find_cell(row: Row, figures: Path) -> Cell | None:
+    """The figures of a row; None where there are none."""
+    path = figures / f'{row.file}.json'
+    if not path.exists():
+        return None
+    cells = json.loads(path.read_text())['cells']
+    alone = len({cell['task'] for cell in cells} - {''}) == 1
+    for cell in cells:
+        if cell['method'] == row.method and (cell['task'] == row.task or (alone and not row.task)):
+            return cell
+    return None
+
+
+def filled(text: str, figures: Path) -> str:
+    """A document with its tables brought up to date."""
+    return BLOCK.sub(lambda found: found[1] + table(found[2], figures) + found[3], text)
+
+
+def main() -> int:
+    """Rewrite the document, or check it."""
+    before = DOCUMENT.read_text()
+    after = filled(before, FIGURES)
+    if '--check' in sys.argv[1:]:
+        return int(after != before)
+    DOCUMENT.write_text(after)
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())
