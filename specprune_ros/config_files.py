@@ -18,6 +18,7 @@ import yaml
 
 from specprune_ros.config import PolicyConfig, axes_of
 from specprune_ros.errors import ConfigError
+from specprune_ros.shipped import EMBEDDED
 from specprune_ros.streaming.config import StreamerConfig
 
 Config = TypeVar('Config', PolicyConfig, StreamerConfig)
@@ -147,6 +148,20 @@ class _Quoting(yaml.SafeDumper):
 _Quoting.add_representer(
     str, lambda dumper, text: dumper.represent_scalar('tag:yaml.org,2002:str', text, style="'")
 )
+
+
+def default_config(given: Iterable[str]) -> PolicyConfig:
+    """What a node starts from, whose files and command line set these flat names.
+
+    Where they say nothing of a robot or a model it is the trained one that ships, in its
+    simulated arm.
+
+    Raises:
+        ConfigError: the package's own files are missing or damaged.
+    """
+    if any(name.startswith(('robot.', 'model.')) for name in given):
+        return PolicyConfig()
+    return load_config([f'robots/{EMBEDDED}', f'models/{EMBEDDED}'])
 
 
 def find_config(name: str | Path) -> Path:

@@ -7,6 +7,7 @@ from pathlib import Path
 from specprune_ros.errors import CheckpointError
 
 PREFIX = 'shipped/'
+EMBEDDED = 'libero_small'  # what runs where no other model is named; so are its files of config/
 PARAMS = 'params.yaml'  # in a folder: all that a launch needs but the folder's own path
 FOLDER = Path(__file__).parent / 'checkpoints'
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from specprune_ros.config import AXES, PolicyConfig, PruneConfig, RobotConfig
 from specprune_ros.config_files import (
+    default_config,
     find_config,
     from_mapping,
     load_config,
@@ -466,3 +467,16 @@ def test_an_error_reaches_another_process_as_it_is():
     other = pickle.loads(pickle.dumps(error))
     assert (type(other), str(other), other.code) == (ConfigError, str(error), 'config')
     assert other.field == 'pruning.alpha'
+
+
+@pytest.mark.parametrize('given', [[], ['runtime.query_rate_hz', 'pruning.alpha', 'use_sim_time']])
+def test_what_ships_runs_where_neither_robot_nor_model_is_named(given):
+    config = default_config(given)
+    assert config.model.checkpoint == 'shipped/libero_small'
+    assert config.robot.camera_names == ('wrist', 'side', 'overhead')
+    assert config.runtime.dry_run
+
+
+@pytest.mark.parametrize('name', ['model.name', 'robot.camera_names'])
+def test_a_robot_or_model_of_one_s_own_begins_from_the_plain_defaults(name):
+    assert default_config(['pruning.alpha', name]) == PolicyConfig()

@@ -22,6 +22,8 @@ from ros_world import (  # noqa: E402
 )
 from std_msgs.msg import String  # noqa: E402
 
+from specprune_ros.msg import ModelInfo  # noqa: E402
+from specprune_ros.ros import qos  # noqa: E402
 from specprune_ros.types import Mode  # noqa: E402
 
 STARTS = int(os.environ.get('SPECPRUNE_STARTS', '20'))  # each way to stop twice
@@ -57,6 +59,21 @@ def test_lifecycle_and_silence(world):
         world.start()
         assert world.more_chunks(2)
         assert process.stop()[0] == 0
+
+
+def test_a_node_that_is_told_nothing_runs_what_ships_and_moves_nothing(world):
+    told = []
+    world.create_subscription(ModelInfo, 'vla_node/model_info', told.append, qos.LATCHED)
+    with NodeProcess('vla_node', {}) as process:
+        world.lifecycle.wait(40)
+        assert world.lifecycle.change('configure'), process.output()
+        assert world.run(10, lambda: bool(told)), process.output()
+        assert (told[0].name, told[0].checkpoint) == ('openvla_oft', 'shipped/libero_small')
+        assert not told[0].stand_in
+        world.lifecycle.change('cleanup')
+        assert world.set_parameter('runtime.dry_run', False)[0]
+        refuse_to_configure(world)
+        assert 'use_sim_time' in process.output()
 
 
 @pytest.mark.parametrize(

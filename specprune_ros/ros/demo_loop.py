@@ -34,9 +34,9 @@ from specprune_ros.ros.demo_watch import Watcher, ended, exit_status, start, sto
 from specprune_ros.ros.lifecycle import LifecycleClient
 from specprune_ros.ros.process import shut_down_rclpy
 from specprune_ros.runlog import RunLog
+from specprune_ros.shipped import EMBEDDED
 
-MODEL = 'libero_small'
-PARAMS = (f'robots/{MODEL}', f'models/{MODEL}', 'pruning/specprune', 'node', 'demo')
+PARAMS = (f'robots/{EMBEDDED}', f'models/{EMBEDDED}', 'pruning/specprune', 'node', 'demo')
 SIZE = 112  # px, of the images that the model was trained on
 TIMEOUT_S = 90.0  # for each of the things that are waited for
 START_FACTOR = 2.0

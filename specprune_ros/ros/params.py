@@ -28,9 +28,9 @@ class Parameters:
     `read` fails with the reason until the parameter is set to a good one.
     """
 
-    def __init__(self, node: Node, kind: type[PolicyConfig] | type[StreamerConfig]):
+    def __init__(self, node: Node, defaults: PolicyConfig | StreamerConfig):
         self._node = node
-        self._defaults = kind()
+        self._defaults, kind = defaults, type(defaults)
         self._axes = axes_of(kind)
         self._names = parameter_names(kind)
         self._given = dict(getattr(node, '_parameter_overrides', {}))
@@ -90,6 +90,11 @@ class Parameters:
         except (ParameterException, TypeError, ValueError):
             self._bad[name] = self._given[name].value
             self._node.declare_parameter(name, value, descriptor, ignore_override=True)
+
+
+def names_given(node: Node) -> list[str]:
+    """Parameters that files and the command line set, declared or not."""
+    return list(getattr(node, '_parameter_overrides', {}))
 
 
 def _plain(parameter: Parameter) -> object:

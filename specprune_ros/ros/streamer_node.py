@@ -62,7 +62,7 @@ class StreamerNode(ManagedNode):
         super().__init__(name, allow_undeclared_parameters=True, **kwargs)
         self._health = Health()
         self._fault_shown = (0, '')  # number and message of the newest fault
-        self._settings = Parameters(self, StreamerConfig)
+        self._settings = Parameters(self, StreamerConfig())
         self._config: StreamerConfig | None = None
         self._streamer: Streamer | None = None
         self._was_stopped = False  # by an emergency stop, when the last configuration ended
