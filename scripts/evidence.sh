@@ -4,7 +4,7 @@
 #
 #   bash scripts/evidence.sh [STAGE...]      # default: all, in this order:
 #                                          # data train controls gates table goal seeds
-#                                          # robustness document
+#                                          # robustness ros document
 #   SPECPRUNE_EVIDENCE=DIR                   # default out/evidence
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -127,13 +127,26 @@ stage_robustness() {
     --task libero_object/0 libero_object_{object,swap,lan,task}/0 # 50 states are all there are
 }
 
+stage_ros() { # the same episodes through the nodes; the checkpoint is the one that ships
+  local index
+  evaluate shipped/libero_small ros_plain --method specprune --open-loop-steps 4 --seeds 5 \
+    --task "${SHUFFLED[@]}"
+  for index in "${!SHUFFLED[@]}"; do
+    [ -s "$out/ros/$index/episodes.json" ] && continue
+    env -u OMP_NUM_THREADS bash scripts/demo.sh --task "${SHUFFLED[index]}" --seed 0 \
+      --episodes 5 --out "$out/ros/$index"
+  done
+  .venv/bin/python scripts/evidence_tables.py --ros "$out/eval/ros_plain/episodes.csv" \
+    "$out"/ros/*/episodes.json
+}
+
 stage_document() {
   cp "$out"/eval/*.json docs/evidence/
   .venv/bin/python scripts/evidence_tables.py
 }
 
 mkdir -p "$out/eval"
-for stage in "${@:-data train controls gates table goal seeds robustness document}"; do
+for stage in "${@:-data train controls gates table goal seeds robustness ros document}"; do
   for one in $stage; do
     "stage_$one"
   done

@@ -6,10 +6,11 @@ python scripts/evidence_tables.py --check   # 1 where it says something else tha
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCUMENT, FIGURES = ROOT / 'docs' / 'evidence.md', ROOT / 'docs' / 'evidence'
 BLOCK = re.compile(r'(<!-- table: (\w+) -->\n).*?(<!-- end -->)', re.DOTALL)
 FIXED = 'specprune:budget=fixed'
+ROS = 'ros.json'
 MISSING = 'not measured yet'
 
 
@@ -222,9 +224,11 @@ def table(name: str, figures: Path) -> str:
     """One table in Markdown.
 
     Args:
-        name: a key of TABLES.
+        name: a key of TABLES, or 'ros'.
         figures: folder of the JSON files.
     """
+    if name == 'ros':
+        return ros_table(figures)
     columns, rows = TABLES[name]
     lines = [
         '| | ' + ' | '.join(heading for heading, _ in columns) + ' |',
@@ -237,6 +241,62 @@ def table(name: str, figures: Path) -> str:
             shown = [text(cell) for _, text in columns]
         lines.append(f'| {row.name} | ' + ' | '.join(shown) + ' |')
     return '\n'.join(lines) + '\n'
+
+
+def ros_table(figures: Path) -> str:
+    """The same episodes through the nodes and without them, task by task.
+
+    Args:
+        figures: folder with ros.json.
+    """
+    lines = [
+        '| task | seeds | through ROS | plain loop | solved by one alone |',
+        '|---|---|---:|---:|---|',
+    ]
+    path = figures / ROS
+    pairs = json.loads(path.read_text()) if path.exists() else []
+    for task in sorted({pair['task'] for pair in pairs}):
+        some = [pair for pair in pairs if pair['task'] == task]
+        solved = [sum(pair[way] for pair in some) for way in ('ros', 'plain')]
+        alone = [
+            f'seed {pair["seed"]} ({"ROS" if pair["ros"] else "plain"})'
+            for pair in some
+            if pair['ros'] != pair['plain']
+        ]
+        seeds = f'{min(pair["seed"] for pair in some)} to {max(pair["seed"] for pair in some)}'
+        counts = ' | '.join(f'{count}/{len(some)}' for count in solved)
+        lines.append(f'| `{task}` | {seeds} | {counts} | {", ".join(alone)} |')
+    if not pairs:
+        lines.append(f'| {MISSING} | | | | |')
+    return '\n'.join(lines) + '\n'
+
+
+def ros_pairs(plain: Path, ros: Sequence[Path]) -> list[dict]:
+    """Episodes of the demo beside those of `specprune eval`.
+
+    Args:
+        plain: its episodes.csv, of one method.
+        ros: episodes.json of the demo.
+
+    Raises:
+        KeyError: an episode has no counterpart.
+    """
+    with plain.open(newline='') as file:
+        rows = {(row['task'], int(row['seed'])): row for row in csv.DictReader(file)}
+    pairs = []
+    for episode in (one for path in ros for one in json.loads(path.read_text())):
+        row = rows[episode['task'], episode['seed']]
+        pairs.append(
+            {
+                'task': episode['task'],
+                'seed': episode['seed'],
+                'ros': episode['state'] == 'success',
+                'plain': bool(int(row['success'])),
+                'ros_steps': episode['step'],
+                'plain_steps': int(row['steps']),
+            }
+        )
+    return sorted(pairs, key=lambda pair: (pair['task'], pair['seed']))
 
 
 def find_cell(row: Row, figures: Path) -> Cell | None:
@@ -258,7 +318,11 @@ def filled(text: str, figures: Path) -> str:
 
 
 def main() -> int:
-    """Rewrite the document, or check it."""
+    """Rewrite the document, or check it, or pair episodes."""
+    if sys.argv[1:2] == ['--ros']:
+        plain, *ros = map(Path, sys.argv[2:])
+        (FIGURES / ROS).write_text(json.dumps(ros_pairs(plain, ros), indent=1) + '\n')
+        return 0
     before = DOCUMENT.read_text()
     after = filled(before, FIGURES)
     if '--check' in sys.argv[1:]:

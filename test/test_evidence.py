@@ -54,7 +54,7 @@ def test_the_document_is_up_to_date(tables):
 
 def test_every_table_is_in_the_document_once(tables):
     assert sorted(name for _, name, _ in tables.BLOCK.findall(tables.DOCUMENT.read_text())) == (
-        sorted(tables.TABLES)
+        sorted([*tables.TABLES, 'ros'])
     )
 
 
@@ -91,3 +91,26 @@ def test_one_task_and_an_evaluation_of_one_task_alone(tables, tmp_path):
     assert '| `object_shuffled/0`, dense | 40/50, 80.0 % |' in tables.table('tasks', tmp_path)
     write(tmp_path, 'gate_normal', of_one)
     assert '| dense | 40/50, 80.0 % |' in tables.table('gates', tmp_path)
+
+
+def test_episodes_through_ros_are_paired_with_the_plain_ones(tables, tmp_path):
+    (tmp_path / 'episodes.csv').write_text(
+        'task,seed,success,steps\na/0,1,0,280\na/0,0,1,100\nb/0,0,1,90\n'
+    )
+    ros = tmp_path / 'episodes.json'
+    states = [('a/0', 0, 'success', 110), ('a/0', 1, 'success', 120), ('b/0', 0, 'success', 95)]
+    episodes = [dict(zip(('task', 'seed', 'state', 'step'), one, strict=True)) for one in states]
+    ros.write_text(json.dumps(episodes))
+    pairs = tables.ros_pairs(tmp_path / 'episodes.csv', [ros])
+    assert pairs[1] == {
+        'task': 'a/0', 'seed': 1, 'ros': True, 'plain': False, 'ros_steps': 120,
+        'plain_steps': 280,
+    }  # fmt: skip
+    (tmp_path / 'ros.json').write_text(json.dumps(pairs))
+    assert tables.table('ros', tmp_path).splitlines()[2:] == [
+        '| `a/0` | 0 to 1 | 2/2 | 1/2 | seed 1 (ROS) |',
+        '| `b/0` | 0 to 0 | 1/1 | 1/1 |  |',
+    ]
+    ros.write_text(json.dumps([{**episodes[0], 'seed': 7}]))
+    with pytest.raises(KeyError):
+        tables.ros_pairs(tmp_path / 'episodes.csv', [ros])
