@@ -21,6 +21,7 @@ from launch.substitutions import LaunchConfiguration
 from launch_ros.actions import Node
 
 from launch import LaunchContext, LaunchDescription
+from specprune_ros.shipped import EMBEDDED
 
 SHARE = get_package_share_directory('specprune_ros')
 ARGUMENTS = {
@@ -38,8 +39,8 @@ def setup(context: LaunchContext) -> list:
     """Actions that need the arguments' values."""
     value = {name: LaunchConfiguration(name).perform(context) for name in ARGUMENTS}
     common = {
-        'robot': 'libero_small',
-        'model': 'libero_small',
+        'robot': EMBEDDED,
+        'model': EMBEDDED,
         'pruning': value['pruning'],
         'params_file': os.path.join(SHARE, 'config', 'demo.yaml'),
         'stream': 'twist',

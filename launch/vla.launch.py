@@ -38,7 +38,7 @@ from lifecycle_msgs.msg import Transition
 
 from launch import LaunchContext, LaunchDescription
 from specprune_ros.config_files import load_config
-from specprune_ros.shipped import PREFIX, own_params
+from specprune_ros.shipped import EMBEDDED, PREFIX, own_params
 
 SHARE = get_package_share_directory('specprune_ros')
 RESPAWN_DELAY_S = 2.0
@@ -97,7 +97,7 @@ def parameter_files(value: dict[str, str]) -> list[str]:
     elif robot or model or value['recording']:
         robot, model = robot or 'libero_franka_3cam', model or 'tiny'
     else:
-        robot = model = 'libero_small'
+        robot = model = EMBEDDED
     files = [config_file('robots', robot), config_file('models', model)]
     files += [str(own)] if own else []
     files += [

@@ -20,6 +20,7 @@ GOALS=(libero_goal/{1,4,6,8})
 EARLIER='[4000,4500]' # checkpoints of one run
 EPISODES=50 # per task
 FIXED=specprune:budget=fixed
+DEMO=specprune # as config/demo.yaml has it
 MAIN=(dense $FIXED specprune:budget=union random:budget=fixed uniform:budget=fixed)
 STUDY=( # FlashVLA's reuse of actions and the other methods: not written yet
   $FIXED,alpha=1.0 $FIXED,alpha=0.6
@@ -41,14 +42,15 @@ train() { # NAME, then settings
     --set data.gate="$out/gate" "$@"
 }
 
-# Two networks at a time, each on one core: 6 GB of memory each. What they say is in NAME.log.
+# Two networks at a time, each on one core: 9 GB of memory each. What they say is in NAME.log.
 running=()
+trap 'kill "${running[@]}" 2>/dev/null || true; wait' EXIT
 beside() {
   if ((${#running[@]} > 1)); then
     wait "${running[0]}"
     running=("${running[@]:1}")
   fi
-  "$@" >"$out/$2.log" 2>&1 &
+  "$@" >>"$out/$2.log" 2>&1 &
   running+=($!)
 }
 
@@ -128,13 +130,16 @@ stage_robustness() {
 }
 
 stage_ros() { # the same episodes through the nodes; the checkpoint is the one that ships
-  local index
-  evaluate shipped/libero_small ros_plain --method specprune --open-loop-steps 4 --seeds 5 \
+  local index folder
+  evaluate shipped/libero_small ros_plain --method "$DEMO" --open-loop-steps 4 --seeds 5 \
     --task "${SHUFFLED[@]}"
   for index in "${!SHUFFLED[@]}"; do
-    [ -s "$out/ros/$index/episodes.json" ] && continue
+    folder=$out/ros/$index
+    [ -d "$folder" ] && continue
+    rm -rf "$folder.partial"
     env -u OMP_NUM_THREADS bash scripts/demo.sh --task "${SHUFFLED[index]}" --seed 0 \
-      --episodes 5 --out "$out/ros/$index"
+      --episodes 5 --out "$folder.partial"
+    mv "$folder.partial" "$folder"
   done
   .venv/bin/python scripts/evidence_tables.py --ros "$out/eval/ros_plain/episodes.csv" \
     "$out"/ros/*/episodes.json
@@ -146,6 +151,11 @@ stage_document() {
 }
 
 mkdir -p "$out/eval"
+exec 9>"$out/lock"
+flock -n 9 || {
+  echo "evidence: another run works in $out" >&2
+  exit 1
+}
 for stage in "${@:-data train controls gates table goal seeds robustness ros document}"; do
   for one in $stage; do
     "stage_$one"

@@ -19,6 +19,7 @@ DOCUMENT, FIGURES = ROOT / 'docs' / 'evidence.md', ROOT / 'docs' / 'evidence'
 BLOCK = re.compile(r'(<!-- table: (\w+) -->\n).*?(<!-- end -->)', re.DOTALL)
 FIXED = 'specprune:budget=fixed'
 ROS = 'ros.json'
+OTHER_NETWORKS = ('main_', 'gate_trained_')  # files of networks that do not ship
 MISSING = 'not measured yet'
 
 
@@ -226,6 +227,9 @@ def table(name: str, figures: Path) -> str:
     Args:
         name: a key of TABLES, or 'ros'.
         figures: folder of the JSON files.
+
+    Raises:
+        KeyError: there is no such table.
     """
     if name == 'ros':
         return ros_table(figures)
@@ -278,13 +282,19 @@ def ros_pairs(plain: Path, ros: Sequence[Path]) -> list[dict]:
         plain: its episodes.csv, of one method.
         ros: episodes.json of the demo.
 
+    Returns:
+        one entry per episode, by task and seed.
+
     Raises:
-        KeyError: an episode has no counterpart.
+        ValueError: an episode of one has no counterpart in the other.
     """
     with plain.open(newline='') as file:
         rows = {(row['task'], int(row['seed'])): row for row in csv.DictReader(file)}
+    episodes = [one for path in ros for one in json.loads(path.read_text())]
+    if alone := {(one['task'], one['seed']) for one in episodes} ^ set(rows):
+        raise ValueError(f'episodes without a counterpart: {sorted(alone)}')
     pairs = []
-    for episode in (one for path in ros for one in json.loads(path.read_text())):
+    for episode in episodes:
         row = rows[episode['task'], episode['seed']]
         pairs.append(
             {
@@ -304,12 +314,25 @@ def find_cell(row: Row, figures: Path) -> Cell | None:
     path = figures / f'{row.file}.json'
     if not path.exists():
         return None
-    cells = json.loads(path.read_text())['cells']
-    alone = len({cell['task'] for cell in cells} - {''}) == 1
-    for cell in cells:
-        if cell['method'] == row.method and (cell['task'] == row.task or (alone and not row.task)):
+    for cell in json.loads(path.read_text())['cells']:
+        if (cell['method'], cell['task']) == (row.method, row.task):
             return cell
     return None
+
+
+def check_weights(figures: Path) -> None:
+    """Nothing, when all evaluations of the main network were of the same weights.
+
+    Raises:
+        ValueError: one is of others.
+    """
+    digests = {}
+    for path in sorted(figures.glob('*.json')):
+        content = json.loads(path.read_text())
+        if path.name != ROS and not path.stem.startswith(OTHER_NETWORKS):
+            digests.setdefault(content['plan']['weights'], []).append(path.name)
+    if len(digests) > 1:
+        raise ValueError(f'evaluations of different weights: {list(digests.values())}')
 
 
 def filled(text: str, figures: Path) -> str:
@@ -318,11 +341,16 @@ def filled(text: str, figures: Path) -> str:
 
 
 def main() -> int:
-    """Rewrite the document, or check it, or pair episodes."""
+    """Rewrite the document, or check it, or pair episodes.
+
+    Raises:
+        ValueError: figures that do not belong together.
+    """
     if sys.argv[1:2] == ['--ros']:
         plain, *ros = map(Path, sys.argv[2:])
         (FIGURES / ROS).write_text(json.dumps(ros_pairs(plain, ros), indent=1) + '\n')
         return 0
+    check_weights(FIGURES)
     before = DOCUMENT.read_text()
     after = filled(before, FIGURES)
     if '--check' in sys.argv[1:]:

@@ -150,16 +150,25 @@ _Quoting.add_representer(
 )
 
 
+# What says that a robot or a model is one's own; other settings of theirs only tune it.
+IDENTITY = (
+    'model.name',
+    'model.checkpoint',
+    'robot.camera_names',
+    'robot.joint_names',
+    'robot.action_names',
+)
+
+
 def default_config(given: Iterable[str]) -> PolicyConfig:
     """What a node starts from, whose files and command line set these flat names.
 
-    Where they say nothing of a robot or a model it is the trained one that ships, in its
-    simulated arm.
+    Where they name no robot and no model it is the trained one that ships, in its simulated arm.
 
     Raises:
         ConfigError: the package's own files are missing or damaged.
     """
-    if any(name.startswith(('robot.', 'model.')) for name in given):
+    if not set(IDENTITY).isdisjoint(given):
         return PolicyConfig()
     return load_config([f'robots/{EMBEDDED}', f'models/{EMBEDDED}'])
 

@@ -17,12 +17,7 @@ from hypothesis.extra import numpy as hnp
 from rich.console import Console
 
 from specprune_ros.ablation import output
-from specprune_ros.ablation.panel import (
-    QueryFigures,
-    kept_recall,
-    own_recall,
-    supplemented_recall,
-)
+from specprune_ros.ablation.panel import QueryFigures
 from specprune_ros.ablation.runner import Ablation, base_of, configurations, run_ablation, ticks
 from specprune_ros.ablation.studies import DENSE, STUDIES, Study, Variant, select
 from specprune_ros.ablation.summary import (
@@ -40,6 +35,7 @@ from specprune_ros.config_files import from_mapping
 from specprune_ros.errors import ConfigError, ObservationError, RecordingError
 from specprune_ros.models import load
 from specprune_ros.offline import fit_robot
+from specprune_ros.recall import kept_recall, own_recall, supplemented_recall
 from specprune_ros.recordings import open_recording
 from specprune_ros.recordings.base import CameraEvent
 from specprune_ros.types import ExecutedAction, PruneReport, Reason

@@ -469,7 +469,9 @@ def test_an_error_reaches_another_process_as_it_is():
     assert other.field == 'pruning.alpha'
 
 
-@pytest.mark.parametrize('given', [[], ['runtime.query_rate_hz', 'pruning.alpha', 'use_sim_time']])
+@pytest.mark.parametrize(
+    'given', [[], ['pruning.alpha', 'model.threads', 'robot.camera_topics', 'use_sim_time']]
+)
 def test_what_ships_runs_where_neither_robot_nor_model_is_named(given):
     config = default_config(given)
     assert config.model.checkpoint == 'shipped/libero_small'

@@ -157,6 +157,11 @@ class TestShareLeft:
         (one,) = read_results(tmp_path)
         assert np.isnan((one.object_static, one.flops, one.recall_kept)).all()
         assert one.kept == 0.3
+        jobs = [(TASKS[0], method, 0) for method in ('dense', 'specprune')]
+        _, new = evaluating.evaluate(tmp_path, PLAN, jobs, workers=0)
+        old, again = read_results(tmp_path)
+        assert (again, new.flops) == (new, 0.4)
+        assert np.isnan(old.flops)
 
     def test_a_task_that_the_expert_does_not_know_has_none(self, tmp_path, worlds, monkeypatch):
         monkeypatch.setattr(evaluating, 'SKILLS', {})
@@ -357,6 +362,13 @@ class TestEvaluate:
         self.run(tmp_path, seeds=1)
         path = tmp_path / 'episodes.csv'
         path.write_text(path.read_text().replace('12', 'x', 1))
+        with pytest.raises(RecordingError, match='damaged'):
+            read_results(tmp_path)
+
+    def test_a_line_that_was_cut_is_damaged(self, tmp_path, worlds):
+        self.run(tmp_path, seeds=1)
+        path = tmp_path / 'episodes.csv'
+        path.write_text(path.read_text().rstrip().rsplit(',', 2)[0] + '\n')
         with pytest.raises(RecordingError, match='damaged'):
             read_results(tmp_path)
 

@@ -33,18 +33,36 @@ def cell(**changes) -> dict:
     }  # fmt: skip
 
 
-def write(folder: Path, name: str, *cells: dict) -> None:
-    (folder / f'{name}.json').write_text(json.dumps({'plan': {}, 'cells': cells}))
+def write(folder: Path, name: str, *cells: dict, weights: str = 'a') -> None:
+    content = {'plan': {'weights': weights}, 'cells': cells}
+    (folder / f'{name}.json').write_text(json.dumps(content))
 
 
-def measured() -> set[str]:
-    """The methods of the main evaluation."""
-    lines = SCRIPT.read_text().splitlines()
-    first = next(i for i, line in enumerate(lines) if line.startswith('SHUFFLED='))
-    last = next(i for i, line in enumerate(lines) if line.startswith('train()'))
-    code = '\n'.join([*lines[first:last], r'printf "%s\n" "${MAIN[@]}" "${STUDY[@]}"'])
-    out = subprocess.run(['bash', '-c', code], capture_output=True, text=True, check=True).stdout
-    return set(out.split())
+def measured() -> set[tuple[str, str]]:
+    """(file, method) of all that the stages evaluate; nothing is run."""
+    text = SCRIPT.read_text()
+    settings = text[text.index('SHUFFLED=') : text.index('train() {')]
+    stages = text[text.index('stage_gates() {') : text.index('stage_ros() {')]
+    code = f"""
+set -eu
+out=/out specprune=false
+{settings}
+{stages}
+evaluate() {{
+  local name=$2 word reading=
+  shift 2
+  for word; do
+    case $word in
+      --method) reading=yes ;;
+      --*) reading= ;;
+      *) [ -z "$reading" ] || printf '%s %s\\n' "$name" "$word" ;;
+    esac
+  done
+}}
+for stage in gates table goal seeds robustness; do stage_$stage; done
+"""
+    done = subprocess.run(['bash', '-c', code], capture_output=True, text=True, check=True)
+    return {tuple(line.split()) for line in done.stdout.splitlines()}
 
 
 def test_the_document_is_up_to_date(tables):
@@ -58,11 +76,9 @@ def test_every_table_is_in_the_document_once(tables):
     )
 
 
-def test_every_row_of_the_main_evaluation_is_measured_and_the_reverse(tables):
-    shown = {
-        row.method for _, rows in tables.TABLES.values() for row in rows if row.file == 'table'
-    }
-    assert shown == measured()
+def test_every_row_is_measured_and_all_that_is_measured_has_a_row(tables):
+    rows = {(row.file, row.method) for _, some in tables.TABLES.values() for row in some}
+    assert rows == measured()
 
 
 def test_every_method_is_one(tables):
@@ -85,12 +101,22 @@ def test_a_row_says_what_its_file_says(tables, tmp_path):
     assert lines[4].startswith('| SpecPrune, budget `union` | not measured yet |')
 
 
-def test_one_task_and_an_evaluation_of_one_task_alone(tables, tmp_path):
-    of_all, of_one = cell(), cell(task='object_shuffled/0', successes=40, episodes=50)
-    write(tmp_path, 'table', of_all, of_one)
+def test_one_task_of_several(tables, tmp_path):
+    write(tmp_path, 'table', cell(), cell(task='object_shuffled/0', successes=40, episodes=50))
     assert '| `object_shuffled/0`, dense | 40/50, 80.0 % |' in tables.table('tasks', tmp_path)
-    write(tmp_path, 'gate_normal', of_one)
-    assert '| dense | 40/50, 80.0 % |' in tables.table('gates', tmp_path)
+
+
+def test_figures_of_other_weights_are_refused(tables, tmp_path):
+    for name, weights in (('table', 'a'), ('goal', 'a'), ('main_seed_1_checkpoint', 'b')):
+        write(tmp_path, name, cell(), weights=weights)
+    tables.check_weights(tmp_path)
+    write(tmp_path, 'gate_grey', cell(), weights='b')
+    with pytest.raises(ValueError, match=r'gate_grey\.json'):
+        tables.check_weights(tmp_path)
+
+
+def test_the_files_of_the_document_are_of_one_network(tables):
+    tables.check_weights(tables.FIGURES)
 
 
 def test_episodes_through_ros_are_paired_with_the_plain_ones(tables, tmp_path):
@@ -112,5 +138,5 @@ def test_episodes_through_ros_are_paired_with_the_plain_ones(tables, tmp_path):
         '| `b/0` | 0 to 0 | 1/1 | 1/1 |  |',
     ]
     ros.write_text(json.dumps([{**episodes[0], 'seed': 7}]))
-    with pytest.raises(KeyError):
+    with pytest.raises(ValueError, match='counterpart'):
         tables.ros_pairs(tmp_path / 'episodes.csv', [ros])

@@ -79,6 +79,12 @@ def test_what_the_node_needs_before_configure_needs_no_torch():
     assert out.strip() == 'False'
 
 
+def test_the_simulator_needs_no_torch_before_a_policy_is_loaded():
+    modules = ('evaluate', 'comparison', 'collect', 'layouts', 'closed_loop', 'libero')
+    names = ', '.join(f'specprune_ros.sim.{name}' for name in modules)
+    assert run_python(f"import sys, {names}; print('torch' in sys.modules)").strip() == 'False'
+
+
 def without(packages: set[str]) -> str:
     """Code that makes packages absent: importing one fails, looking for one finds nothing."""
     return f'import sys\nfor name in {sorted(packages)!r}: sys.modules[name] = None\n'

@@ -331,12 +331,44 @@ class TestTrainer:
         assert torch.cosine_similarity(gradient, other, dim=0) > 0.99
 
     def test_precision_leaves_torch_as_it_was(self):
-        query = torch.ones(1, 1, 3, 4)
+        cuda, query = torch.backends.cuda, torch.ones(1, 1, 3, 4)
+
+        def state() -> tuple[bool, bool, bool, torch.dtype]:
+            return (
+                torch.is_autocast_enabled('cpu'),
+                cuda.fp16_bf16_reduction_math_sdp_allowed(),
+                cuda.flash_sdp_enabled(),
+                torch.nn.functional.linear(query, query[0, 0]).dtype,
+            )
+
+        before = state()
+        with reduced(torch.device('cpu'), 'float32'):
+            assert state() == before
         with reduced(torch.device('cpu'), 'bfloat16'):
-            assert torch.nn.functional.linear(query, query[0, 0]).dtype == torch.bfloat16
-        assert not torch.is_autocast_enabled('cpu')
-        assert not torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
-        assert torch.nn.functional.linear(query, query[0, 0]).dtype == torch.float32
+            assert state() == (True, True, False, torch.bfloat16), 'no fused attention'
+        assert state() == before == (False, False, True, torch.float32)
+
+    def test_another_precision_is_refused(self):
+        with pytest.raises(ValueError, match='float16'), reduced(torch.device('cpu'), 'float16'):
+            pass
+
+    def test_a_run_of_before_muon_is_gone_on_with(self, folders, data, tmp_path):
+        trainer = make_trainer(folders, data, tmp_path)
+        trainer.train_step()
+        trainer.save()
+        path = tmp_path / CHECKPOINT
+        state = torch.load(path, weights_only=True)
+        (state['optimizer'],) = state.pop('optimizers')
+        for name in ('optimizer', 'precision'):
+            del state['config']['fit'][name]
+        torch.save(state, path)
+        assert make_trainer(folders, data, tmp_path).step == 1
+
+    @NEEDS_MUON
+    def test_another_optimiser_in_the_folder_is_refused(self, folders, data, tmp_path):
+        make_trainer(folders, data, tmp_path).save()
+        with pytest.raises(ConfigError, match=r'fit\.optimizer.*adamw'):
+            make_trainer(folders, data, tmp_path, optimizer='muon')
 
     @NEEDS_MUON
     def test_muon_takes_the_matrices_of_the_layers_and_adamw_the_rest(
@@ -603,6 +635,21 @@ class TestCommand:
         before, after = ((folder / 'model.safetensors').read_bytes() for folder in (early, late))
         assert before != after
         assert '2 of 4 steps' in (early / 'README.md').read_text()
+
+    def test_an_interrupted_run_says_so_and_the_same_command_ends_it(
+        self, folders, tmp_path, monkeypatch
+    ):
+        command, step = self.arguments(folders, tmp_path), Trainer.train_step
+
+        def interrupted(trainer):
+            os.kill(os.getpid(), signal.SIGTERM)
+            return step(trainer)
+
+        monkeypatch.setattr(Trainer, 'train_step', interrupted)
+        assert main(command) == 1
+        monkeypatch.setattr(Trainer, 'train_step', step)
+        assert main([*command, '--export-only']) == 0
+        assert main(command) == 0
 
     @pytest.mark.parametrize(
         'change',

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from specprune_ros.sim.comparison import Cell
     from specprune_ros.sim.evaluate import Plan
 
-WIDTH = 140  # columns where the output is no terminal
+WIDTH = 170  # columns where the output is no terminal
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

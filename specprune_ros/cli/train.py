@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from specprune_ros.train.gate import Gate
     from specprune_ros.train.trainer import Trainer
 
+UNFINISHED = 1  # exit status of a run that a signal ended
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
@@ -52,7 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
         trainer.run(report)
     folder = export(trainer, arguments.out / 'checkpoint')
     console.print(f'step {trainer.step} of {config.fit.steps}; written to {folder}')
-    return 0
+    return 0 if arguments.export_only or trainer.step >= config.fit.steps else UNFINISHED
 
 
 def describe(trainer: Trainer) -> str:

@@ -18,6 +18,8 @@ from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
 from rclpy.node import Node
 from rclpy.signals import SignalHandlerOptions
 
+from specprune_ros.errors import ConfigError
+
 SPIN_S = 0.1  # longest time until a signal is noticed
 # For how long one thread may hold the interpreter while another wants it. Python's 5 ms would lie
 # between an image and the inference thread, and between that and the chunk on the wire; half a
@@ -97,7 +99,7 @@ def spin_process(
         args: command line for rclpy.
 
     Returns:
-        The process's exit status: 0, or 2 when a parameter is bad.
+        The process's exit status: 0, or 2 when a parameter or a file of the package is bad.
     """
     sys.setswitchinterval(SWITCH_S)
     rclpy.init(args=args, signal_handler_options=SignalHandlerOptions.NO)
@@ -106,7 +108,7 @@ def spin_process(
         signal.signal(number, lambda *_: stop.set())
     try:
         node = make_node(stop)
-    except ParameterException as error:
+    except (ParameterException, ConfigError) as error:
         print(error, file=sys.stderr)
         shut_down_rclpy()
         return 2

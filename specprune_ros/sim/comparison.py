@@ -8,11 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from specprune_ros.sim.evaluate import Result
+from specprune_ros.sim.evaluate import LATER, Result
 from specprune_ros.sim.summary import wilson_interval
-
-# Fields of Result that not every episode has.
-PARTIAL = ('object_static', 'object_kept', 'flops', 'recall_static', 'recall_kept')
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +90,7 @@ def _cell(task: str, results: Sequence[Result], method: str, reference: str) -> 
         static=_mean([one.static for one in mine]),
         fine=_mean([one.fine for one in mine]),
         action_error=_mean([one.action_error for one in mine]),
-        **{name: _mean_known([getattr(one, name) for one in mine]) for name in PARTIAL},
+        **{name: _mean_known([getattr(one, name) for one in mine]) for name in LATER},
         won=won,
         lost=lost,
         p_value=p_value,

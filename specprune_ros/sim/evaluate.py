@@ -23,12 +23,12 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from specprune_ros.ablation.panel import kept_recall
 from specprune_ros.ablation.task import Driven
 from specprune_ros.config import PolicyConfig, PruneConfig
 from specprune_ros.config_files import load_config
 from specprune_ros.errors import ConfigError, RecordingError
 from specprune_ros.images import CameraImage
+from specprune_ros.recall import kept_recall
 from specprune_ros.shipped import PREFIX, find_checkpoint
 from specprune_ros.sim.closed_loop import LiberoTask, check_robot
 from specprune_ros.sim.conditions import CONDITIONS
@@ -99,7 +99,7 @@ class Result:
         flops: of the decoder, as a share of the dense one's (A.3), mean over queries.
         recall_static, recall_kept: share left of the patches that a dense inference on the same
             observation finds important, after static pruning and at the end, see
-            `ablation.panel.kept_recall`; mean over queries without the first one, which is dense;
+            `recall.kept_recall`; mean over queries without the first one, which is dense;
             NaN where there is no other.
     """
 
@@ -120,6 +120,9 @@ class Result:
     recall_static: float = math.nan
     recall_kept: float = math.nan
 
+
+# Fields that a ledger of before does not have.
+LATER = ('object_static', 'object_kept', 'flops', 'recall_static', 'recall_kept')
 
 Job = tuple[str, str, int]  # task, method, seed
 
@@ -445,12 +448,12 @@ def open_folder(folder: Path, plan: Plan) -> list[Result]:
 
 def append_result(folder: Path, result: Result) -> None:
     """Add a line to the ledger."""
-    names = [field.name for field in dataclasses.fields(Result)]
-    with (folder / EPISODES).open('a', newline='') as file:
-        writer = csv.DictWriter(file, names, lineterminator='\n')
+    path, row = folder / EPISODES, dataclasses.asdict(result) | {'success': int(result.success)}
+    with path.open('a', newline='') as file:
+        writer = csv.DictWriter(file, row, lineterminator='\n')
         if not file.tell():
             writer.writeheader()
-        writer.writerow({**dataclasses.asdict(result), 'success': int(result.success)})
+        writer.writerow(row)
 
 
 def read_results(folder: Path) -> list[Result]:
@@ -465,7 +468,12 @@ def read_results(folder: Path) -> list[Result]:
         text = text[: text.rfind('\n') + 1]
         path.write_text(text)
     rows = csv.DictReader(text.splitlines())
-    return [_result(path, row) for row in rows]
+    results = [_result(path, row) for row in rows]
+    if results and not set(LATER) <= set(rows.fieldnames or ()):
+        path.unlink()  # lines of now do not fit under a header of before
+        for result in results:
+            append_result(folder, result)
+    return results
 
 
 def _result(path: Path, row: dict[str, str]) -> Result:
@@ -473,9 +481,7 @@ def _result(path: Path, row: dict[str, str]) -> Result:
         whole = {name: int(row[name]) for name in ('seed', 'steps', 'queries')}
         names = ('latency_ms', 'kept', 'static', 'fine', 'action_error')
         real = {name: float(row[name]) for name in names}
-        # Ledgers of before do not have these.
-        later = ('object_static', 'object_kept', 'flops', 'recall_static', 'recall_kept')
-        real |= {name: float(row.get(name) or 'nan') for name in later}
+        real |= {name: float(row[name]) if name in row else math.nan for name in LATER}
         success = bool(int(row['success']))
         return Result(task=row['task'], method=row['method'], success=success, **whole, **real)
     except (KeyError, TypeError, ValueError) as error:

@@ -189,7 +189,11 @@ def _layer(layer: nn.Module, hidden: Tensor, rotary: Rotary, head_dim: int) -> T
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """[B, H, K, D] of each -> the same. See `precision.reduced` for why not always fused."""
+    """[B, H, K, D] of each -> the same.
+
+    In bfloat16 on a CPU the fused attention is slow, and torch's own form of products, which
+    `precision.reduced` leaves to the towers, takes a third longer than these.
+    """
     if torch.is_autocast_enabled('cpu') and query.device.type == 'cpu':
         with torch.autocast('cpu', enabled=False):  # it would make float32 of the scores
             scaled = (query * query.shape[-1] ** -0.5).to(value.dtype)

@@ -12,6 +12,8 @@ from torch.backends.cuda import (
 )
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+PRECISIONS = ('float32', 'bfloat16')
+
 
 @contextlib.contextmanager
 def reduced(device: torch.device, name: str) -> Iterator[None]:
@@ -24,7 +26,12 @@ def reduced(device: torch.device, name: str) -> Iterator[None]:
     Args:
         device: of the network.
         name: 'float32' or 'bfloat16'.
+
+    Raises:
+        ValueError: another name.
     """
+    if name not in PRECISIONS:
+        raise ValueError(f'precision is one of {", ".join(PRECISIONS)}, not {name}')
     if name == 'float32':
         yield
         return

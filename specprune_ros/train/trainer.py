@@ -52,8 +52,8 @@ class Trainer:
         seconds: of training so far, all runs together.
 
     Raises:
-        ConfigError: the folder's run has another network or other tasks, or there is no such
-            device.
+        ConfigError: the folder's run has another network, optimiser or other tasks, or there is
+            no such device or optimiser.
         CheckpointError: its checkpoint cannot be read.
     """
 
@@ -230,7 +230,9 @@ class Trainer:
             self.heads.load_state_dict(state['heads'])
             for module, values in zip(self.averaged, state['averaged'], strict=True):
                 module.load_state_dict(values)
-            for optimizer, values in zip(self.optimizers, state['optimizers'], strict=True):
+            # A run of before Muon has one.
+            states = state.get('optimizers') or [state['optimizer']]
+            for optimizer, values in zip(self.optimizers, states, strict=True):
                 optimizer.load_state_dict(values)
             self.step, self.seconds = state['step'], state['seconds']
             self.smooth = state['smooth']
@@ -251,10 +253,13 @@ class Trainer:
 
     def _check_same(self, before: dict) -> None:
         ours = dataclasses.asdict(self.config)
-        for axis, names in (('network', ours['network']), ('data', FIXED)):
+        defaults = dataclasses.asdict(TrainConfig())
+        fixed = (('network', ours['network']), ('data', FIXED), ('fit', ('optimizer',)))
+        for axis, names in fixed:
             for name in names:
-                if _plain(before[axis][name]) != _plain(ours[axis][name]):
-                    why = f'the run in {self.folder} has {before[axis][name]}; take another folder'
+                has = before[axis].get(name, defaults[axis][name])  # it may be older than a field
+                if _plain(has) != _plain(ours[axis][name]):
+                    why = f'the run in {self.folder} has {has}; take another folder'
                     raise ConfigError(f'{axis}.{name}', ours[axis][name], why)
 
 
