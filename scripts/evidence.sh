@@ -2,19 +2,21 @@
 # Makes the figures about success: data, networks, gates, table, robustness. It takes many
 # hours; run it again and it goes on where it stopped.
 #
-#   bash scripts/evidence.sh [STAGE...]      # default: all, in this order:
-#                                          # data train controls gates table goal seeds
-#                                          # robustness ros document
-#   SPECPRUNE_EVIDENCE=DIR                   # default out/evidence
+#   bash scripts/evidence.sh [STAGE...]   # default: data train controls gates table goal seeds
+#                                        #          robustness ros document
+#   SPECPRUNE_EVIDENCE=DIR   # data and networks; default out/evidence
+#   SPECPRUNE_FIGURES=DIR    # episodes; default docs/evidence, where episodes that were run count:
+#                            # name another one to run all of them again
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-out=${SPECPRUNE_EVIDENCE:-out/evidence}
+out=${SPECPRUNE_EVIDENCE:-out/evidence} figures=${SPECPRUNE_FIGURES:-docs/evidence}
 bash scripts/setup_sim.sh
 cores=$(nproc) # which goes by OMP_NUM_THREADS where that is set
 MUJOCO_GL=$(cat .venv-sim/specprune_ros_gl)
 export MUJOCO_GL PYOPENGL_PLATFORM=$MUJOCO_GL LP_NUM_THREADS=1 OMP_NUM_THREADS=1
 specprune=.venv-sim/bin/specprune
 
+NETWORK=${SPECPRUNE_NETWORK:-shipped/libero_small} # which is seed_0 of stage_train
 SHUFFLED=(object_shuffled/{0..3})
 GOALS=(libero_goal/{1,4,6,8})
 EARLIER='[4000,4500]' # checkpoints of one run
@@ -63,7 +65,7 @@ ended() {
 evaluate() { # CHECKPOINT, NAME, then arguments
   local checkpoint=$1 name=$2
   shift 2
-  $specprune eval "$checkpoint" --out "$out/eval/$name" --json "$out/eval/$name.json" \
+  $specprune eval "$checkpoint" --out "$figures/$name" --json "$figures/$name.json" \
     --seeds $EPISODES --workers "$cores" "$@"
 }
 
@@ -90,24 +92,24 @@ stage_controls() { # what a network learns that is never shown images, or never 
 stage_gates() {
   local condition
   for condition in normal grey withheld wrong; do
-    evaluate "$out/seed_0/checkpoint" "gate_$condition" --method dense --task "${SHUFFLED[@]}" \
+    evaluate "$NETWORK" "gate_$condition" --method dense --task "${SHUFFLED[@]}" \
       --condition $condition
   done
   evaluate "$out/grey/checkpoint" gate_trained_grey --method dense --task "${SHUFFLED[@]}" \
     --condition grey
   evaluate "$out/mute/checkpoint" gate_trained_mute --method dense --task "${SHUFFLED[@]}" \
     --condition withheld
-  evaluate "$out/seed_0/checkpoint" gate_goal_grey --method dense --task "${GOALS[@]}" \
+  evaluate "$NETWORK" gate_goal_grey --method dense --task "${GOALS[@]}" \
     --condition grey
 }
 
 stage_table() {
-  evaluate "$out/seed_0/checkpoint" table --method "${MAIN[@]}" "${STUDY[@]}" \
+  evaluate "$NETWORK" table --method "${MAIN[@]}" "${STUDY[@]}" \
     --task "${SHUFFLED[@]}"
 }
 
 stage_goal() {
-  evaluate "$out/seed_0/checkpoint" goal --method dense $FIXED random:budget=fixed \
+  evaluate "$NETWORK" goal --method dense $FIXED random:budget=fixed \
     --task "${GOALS[@]}"
 }
 
@@ -122,16 +124,16 @@ stage_seeds() {
 stage_robustness() {
   local condition
   for condition in noise blur dark bright camera; do
-    evaluate "$out/seed_0/checkpoint" "robust_$condition" --task "${SHUFFLED[@]}" \
+    evaluate "$NETWORK" "robust_$condition" --task "${SHUFFLED[@]}" \
       --method dense $FIXED random:budget=fixed --condition $condition
   done
-  evaluate "$out/seed_0/checkpoint" robust_pro --method dense $FIXED random:budget=fixed \
+  evaluate "$NETWORK" robust_pro --method dense $FIXED random:budget=fixed \
     --task libero_object/0 libero_object_{object,swap,lan,task}/0 # 50 states are all there are
 }
 
 stage_ros() { # the same episodes through the nodes; the checkpoint is the one that ships
   local index folder
-  evaluate shipped/libero_small ros_plain --method "$DEMO" --open-loop-steps 4 --seeds 5 \
+  evaluate "$NETWORK" ros_plain --method "$DEMO" --open-loop-steps 4 --seeds 5 \
     --task "${SHUFFLED[@]}"
   for index in "${!SHUFFLED[@]}"; do
     folder=$out/ros/$index
@@ -141,16 +143,13 @@ stage_ros() { # the same episodes through the nodes; the checkpoint is the one t
       --episodes 5 --out "$folder.partial"
     mv "$folder.partial" "$folder"
   done
-  .venv/bin/python scripts/evidence_tables.py --ros "$out/eval/ros_plain/episodes.csv" \
-    "$out"/ros/*/episodes.json
+  .venv/bin/python scripts/evidence_tables.py --ros "$figures/ros.json" \
+    "$figures/ros_plain/episodes.csv" "$out"/ros/*/episodes.json
 }
 
-stage_document() {
-  cp "$out"/eval/*.json docs/evidence/
-  .venv/bin/python scripts/evidence_tables.py
-}
+stage_document() { .venv/bin/python scripts/evidence_tables.py; }
 
-mkdir -p "$out/eval"
+mkdir -p "$out" "$figures"
 exec 9>"$out/lock"
 flock -n 9 || {
   echo "evidence: another run works in $out" >&2

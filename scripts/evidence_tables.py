@@ -347,8 +347,8 @@ def main() -> int:
         ValueError: figures that do not belong together.
     """
     if sys.argv[1:2] == ['--ros']:
-        plain, *ros = map(Path, sys.argv[2:])
-        (FIGURES / ROS).write_text(json.dumps(ros_pairs(plain, ros), indent=1) + '\n')
+        out, plain, *ros = map(Path, sys.argv[2:])
+        out.write_text(json.dumps(ros_pairs(plain, ros), indent=1) + '\n')
         return 0
     check_weights(FIGURES)
     before = DOCUMENT.read_text()

@@ -41,7 +41,7 @@ def write(folder: Path, name: str, *cells: dict, weights: str = 'a') -> None:
 def measured() -> set[tuple[str, str]]:
     """(file, method) of all that the stages evaluate; nothing is run."""
     text = SCRIPT.read_text()
-    settings = text[text.index('SHUFFLED=') : text.index('train() {')]
+    settings = text[text.index('NETWORK=') : text.index('train() {')]
     stages = text[text.index('stage_gates() {') : text.index('stage_ros() {')]
     code = f"""
 set -eu

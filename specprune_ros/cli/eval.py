@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from specprune_ros.sim.comparison import Cell
     from specprune_ros.sim.evaluate import Plan
 
+CARD = 'README.md'
 WIDTH = 170  # columns where the output is no terminal
 
 
@@ -149,9 +150,9 @@ def plan_from(arguments: argparse.Namespace) -> Plan:
 
 
 def digest_of(folder: Path) -> str:
-    """SHA-256 of a folder's files, names and contents."""
+    """SHA-256 of a folder's files, names and contents; what its card says does not matter."""
     digest = hashlib.sha256()
-    for path in sorted(path for path in folder.iterdir() if path.is_file()):
+    for path in sorted(path for path in folder.iterdir() if path.is_file() and path.name != CARD):
         digest.update(f'{path.name}\0{path.stat().st_size}\0'.encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()
