@@ -2,11 +2,11 @@
 # Makes the figures about success: data, networks, gates, table, robustness. It takes many
 # hours; run it again and it goes on where it stopped.
 #
-#   bash scripts/evidence.sh [STAGE...]   # default: data train controls gates table goal seeds
-#                                        #          robustness ros document
+#   bash scripts/evidence.sh [STAGE...]   # default: data train controls gates table repeat
+#                                        #          goal seeds dropout robustness ros document
 #   SPECPRUNE_EVIDENCE=DIR   # data and networks; default out/evidence
 #   SPECPRUNE_FIGURES=DIR    # episodes; default docs/evidence, where episodes that were run count:
-#                            # name another one to run all of them again
+#                            # name another one to run all of them again, or for other networks
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 out=${SPECPRUNE_EVIDENCE:-out/evidence} figures=${SPECPRUNE_FIGURES:-docs/evidence}
@@ -39,9 +39,10 @@ STUDY=( # FlashVLA's reuse of actions and the other methods: not written yet
 train() { # NAME, then settings
   local name=$1
   shift
-  $specprune train --params train/libero --out "$out/$name" \
+  # In the background the shell itself becomes the training, so that it can be ended.
+  ${background:-} $specprune train --params train/libero --out "$out/$name" \
     --set data.demos="[$out/demos]" --set data.layouts="[$out/layouts]" \
-    --set data.gate="$out/gate" "$@"
+    --set data.gate="$out/gate" "$@" 9>&-
 }
 
 # Two networks at a time, each on one core: 9 GB of memory each. What they say is in NAME.log.
@@ -52,7 +53,7 @@ beside() {
     wait "${running[0]}"
     running=("${running[@]:1}")
   fi
-  "$@" >>"$out/$2.log" 2>&1 &
+  background=exec "$@" >>"$out/$2.log" 2>&1 &
   running+=($!)
 }
 
@@ -66,7 +67,7 @@ evaluate() { # CHECKPOINT, NAME, then arguments
   local checkpoint=$1 name=$2
   shift 2
   $specprune eval "$checkpoint" --out "$figures/$name" --json "$figures/$name.json" \
-    --seeds $EPISODES --workers "$cores" "$@"
+    --seeds $EPISODES --workers "$cores" "$@" 9>&-
 }
 
 stage_data() {
@@ -91,7 +92,7 @@ stage_controls() { # what a network learns that is never shown images, or never 
 
 stage_gates() {
   local condition
-  for condition in normal grey withheld wrong; do
+  for condition in grey withheld wrong; do
     evaluate "$NETWORK" "gate_$condition" --method dense --task "${SHUFFLED[@]}" \
       --condition $condition
   done
@@ -108,6 +109,10 @@ stage_table() {
     --task "${SHUFFLED[@]}"
 }
 
+stage_repeat() { # the same counts again?
+  evaluate "$NETWORK" repeat --method dense $FIXED --task "${SHUFFLED[@]}"
+}
+
 stage_goal() {
   evaluate "$NETWORK" goal --method dense $FIXED random:budget=fixed \
     --task "${GOALS[@]}"
@@ -121,6 +126,12 @@ stage_seeds() {
   done
 }
 
+stage_dropout() { # trained with more tokens missing: is `random` still a control?
+  train dropout_75 --set fit.token_dropout=0.75
+  evaluate "$out/dropout_75/checkpoint" dropout_75 --method dense $FIXED random:budget=fixed \
+    --task "${SHUFFLED[@]}"
+}
+
 stage_robustness() {
   local condition
   for condition in noise blur dark bright camera; do
@@ -131,31 +142,33 @@ stage_robustness() {
     --task libero_object/0 libero_object_{object,swap,lan,task}/0 # 50 states are all there are
 }
 
-stage_ros() { # the same episodes through the nodes; the checkpoint is the one that ships
-  local index folder
-  evaluate "$NETWORK" ros_plain --method "$DEMO" --open-loop-steps 4 --seeds 5 \
+stage_ros() { # the same episodes through the nodes, which run what ships
+  local index folder weights
+  evaluate shipped/libero_small ros_plain --method "$DEMO" --open-loop-steps 4 --seeds 5 \
     --task "${SHUFFLED[@]}"
+  weights=$(.venv/bin/python scripts/evidence_tables.py --weights)
   for index in "${!SHUFFLED[@]}"; do
-    folder=$out/ros/$index
+    folder=$out/ros/$weights/$index
     [ -d "$folder" ] && continue
     rm -rf "$folder.partial"
     env -u OMP_NUM_THREADS bash scripts/demo.sh --task "${SHUFFLED[index]}" --seed 0 \
       --episodes 5 --out "$folder.partial"
     mv "$folder.partial" "$folder"
   done
-  .venv/bin/python scripts/evidence_tables.py --ros "$figures/ros.json" \
-    "$figures/ros_plain/episodes.csv" "$out"/ros/*/episodes.json
+  .venv/bin/python scripts/evidence_tables.py --ros "$figures/ros_plain/episodes.csv" \
+    "$out/ros/$weights"/*/episodes.json
 }
 
 stage_document() { .venv/bin/python scripts/evidence_tables.py; }
 
+export SPECPRUNE_FIGURES=$figures
 mkdir -p "$out" "$figures"
 exec 9>"$out/lock"
 flock -n 9 || {
   echo "evidence: another run works in $out" >&2
   exit 1
 }
-for stage in "${@:-data train controls gates table goal seeds robustness ros document}"; do
+for stage in "${@:-data train controls gates table repeat goal seeds dropout robustness ros document}"; do
   for one in $stage; do
     "stage_$one"
   done

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -15,11 +16,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENT, FIGURES = ROOT / 'docs' / 'evidence.md', ROOT / 'docs' / 'evidence'
+sys.path.insert(0, str(ROOT))
+
+from specprune_ros.cli.eval import digest_of  # noqa: E402
+from specprune_ros.shipped import EMBEDDED, PREFIX, find_checkpoint  # noqa: E402
+
+DOCUMENT = ROOT / 'docs' / 'evidence.md'
+FIGURES = Path(os.environ.get('SPECPRUNE_FIGURES') or ROOT / 'docs' / 'evidence')
 BLOCK = re.compile(r'(<!-- table: (\w+) -->\n).*?(<!-- end -->)', re.DOTALL)
 FIXED = 'specprune:budget=fixed'
 ROS = 'ros.json'
-OTHER_NETWORKS = ('main_', 'gate_trained_')  # files of networks that do not ship
+OTHER_NETWORKS = ('main_', 'gate_trained_', 'dropout_')  # files of networks that do not ship
 MISSING = 'not measured yet'
 
 
@@ -98,7 +105,7 @@ TABLES: dict[str, tuple[tuple[Column, ...], list[Row]]] = {
     'gates': (
         SUCCESS,
         [
-            Row('dense', 'gate_normal', 'dense'),
+            Row('dense', 'table', 'dense'),
             Row('grey images', 'gate_grey', 'dense'),
             Row('trained on grey images', 'gate_trained_grey', 'dense'),
             Row('instruction withheld', 'gate_withheld', 'dense'),
@@ -116,6 +123,15 @@ TABLES: dict[str, tuple[tuple[Column, ...], list[Row]]] = {
             Row('SpecPrune, budget `union`', 'table', 'specprune:budget=union'),
             Row('random, as many', 'table', 'random:budget=fixed'),
             Row('uniform, as many', 'table', 'uniform:budget=fixed'),
+        ],
+    ),
+    'repeat': (
+        PAIRED,
+        [
+            Row('dense', 'table', 'dense'),
+            Row('dense, again', 'repeat', 'dense'),
+            Row('SpecPrune', 'table', FIXED),
+            Row('SpecPrune, again', 'repeat', FIXED),
         ],
     ),
     'goal': (
@@ -188,6 +204,18 @@ TABLES: dict[str, tuple[tuple[Column, ...], list[Row]]] = {
             study('stateless controller', 'hysteresis=false'),
         ],
     ),
+    'dropout': (
+        FULL,
+        [
+            Row(f'{missing}: {name}', file, method)
+            for missing, file in (('50 %', 'table'), ('75 %', 'dropout_75'))
+            for name, method in (
+                ('dense', 'dense'),
+                ('SpecPrune', FIXED),
+                ('random', 'random:budget=fixed'),
+            )
+        ],
+    ),
     'seeds': (
         FULL,
         [
@@ -258,7 +286,7 @@ def ros_table(figures: Path) -> str:
         '|---|---|---:|---:|---|',
     ]
     path = figures / ROS
-    pairs = json.loads(path.read_text()) if path.exists() else []
+    pairs = json.loads(path.read_text())['episodes'] if path.exists() else []
     for task in sorted({pair['task'] for pair in pairs}):
         some = [pair for pair in pairs if pair['task'] == task]
         solved = [sum(pair[way] for pair in some) for way in ('ros', 'plain')]
@@ -320,19 +348,25 @@ def find_cell(row: Row, figures: Path) -> Cell | None:
     return None
 
 
-def check_weights(figures: Path) -> None:
-    """Nothing, when all evaluations of the main network were of the same weights.
+def weights() -> str:
+    """Digest of the network that the document is about: the one that ships."""
+    return digest_of(find_checkpoint(PREFIX + EMBEDDED))
+
+
+def check_weights(figures: Path, wanted: str) -> None:
+    """Nothing, when all evaluations of the main network are of these weights.
+
+    Args:
+        figures: folder of the JSON files.
+        wanted: digest of the network.
 
     Raises:
         ValueError: one is of others.
     """
-    digests = {}
     for path in sorted(figures.glob('*.json')):
-        content = json.loads(path.read_text())
-        if path.name != ROS and not path.stem.startswith(OTHER_NETWORKS):
-            digests.setdefault(content['plan']['weights'], []).append(path.name)
-    if len(digests) > 1:
-        raise ValueError(f'evaluations of different weights: {list(digests.values())}')
+        got = json.loads(path.read_text())['plan']['weights']
+        if not path.stem.startswith(OTHER_NETWORKS) and got != wanted:
+            raise ValueError(f'{path} is of the weights {got}, the document is of {wanted}')
 
 
 def filled(text: str, figures: Path) -> str:
@@ -347,10 +381,14 @@ def main() -> int:
         ValueError: figures that do not belong together.
     """
     if sys.argv[1:2] == ['--ros']:
-        out, plain, *ros = map(Path, sys.argv[2:])
-        out.write_text(json.dumps(ros_pairs(plain, ros), indent=1) + '\n')
+        plain, *ros = map(Path, sys.argv[2:])
+        content = {'plan': {'weights': weights()}, 'episodes': ros_pairs(plain, ros)}
+        (FIGURES / ROS).write_text(json.dumps(content, indent=1) + '\n')
         return 0
-    check_weights(FIGURES)
+    if sys.argv[1:2] == ['--weights']:
+        print(weights())
+        return 0
+    check_weights(FIGURES, weights())
     before = DOCUMENT.read_text()
     after = filled(before, FIGURES)
     if '--check' in sys.argv[1:]:

@@ -479,6 +479,12 @@ def test_what_ships_runs_where_neither_robot_nor_model_is_named(given):
     assert config.runtime.dry_run
 
 
-@pytest.mark.parametrize('name', ['model.name', 'robot.camera_names'])
+@pytest.mark.parametrize(
+    'name',
+    [
+        'model.name', 'model.checkpoint', 'robot.camera_names', 'robot.joint_names',
+        'robot.action_names',
+    ],
+)  # fmt: skip
 def test_a_robot_or_model_of_one_s_own_begins_from_the_plain_defaults(name):
     assert default_config(['pruning.alpha', name]) == PolicyConfig()

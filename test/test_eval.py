@@ -18,6 +18,7 @@ from specprune_ros.config import PruneConfig
 from specprune_ros.config_files import load_config
 from specprune_ros.errors import ConfigError, RecordingError
 from specprune_ros.images import as_rgb
+from specprune_ros.shipped import PARAMS
 from specprune_ros.sim import evaluate as evaluating
 from specprune_ros.sim.closed_loop import LiberoTask
 from specprune_ros.sim.comparison import compare, discordant, mcnemar
@@ -357,6 +358,17 @@ class TestEvaluate:
         other = Plan(params=PLAN.params, overrides=OVERRIDES, size=16)
         with pytest.raises(ConfigError, match='another evaluation'):
             self.run(tmp_path, plan=other)
+
+    def test_the_same_weights_in_another_folder_are_the_same_evaluation(self, tmp_path, worlds):
+        def plan(folder: str, weights: str) -> Plan:
+            overrides = {**OVERRIDES, 'model.checkpoint': folder}
+            params = (f'{folder}/{PARAMS}', *PLAN.params)
+            return dataclasses.replace(PLAN, params=params, overrides=overrides, weights=weights)
+
+        evaluating.open_folder(tmp_path, plan('one', 'a'))
+        assert evaluating.open_folder(tmp_path, plan('two', 'a')) == []
+        with pytest.raises(ConfigError, match='another evaluation'):
+            evaluating.open_folder(tmp_path, plan('one', 'b'))
 
     def test_a_damaged_line_is_named(self, tmp_path, worlds):
         self.run(tmp_path, seeds=1)

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -38,28 +39,35 @@ def write(folder: Path, name: str, *cells: dict, weights: str = 'a') -> None:
     (folder / f'{name}.json').write_text(json.dumps(content))
 
 
-def measured() -> set[tuple[str, str]]:
-    """(file, method) of all that the stages evaluate; nothing is run."""
+def measured() -> set[tuple[str, str, str]]:
+    """(file, method, task) of all that the stages evaluate; nothing is run."""
     text = SCRIPT.read_text()
     settings = text[text.index('NETWORK=') : text.index('train() {')]
     stages = text[text.index('stage_gates() {') : text.index('stage_ros() {')]
     code = f"""
 set -eu
 out=/out specprune=false
+train() {{ :; }}
 {settings}
 {stages}
 evaluate() {{
-  local name=$2 word reading=
+  local name=$2 word reading= method task
+  local methods=() tasks=()
   shift 2
   for word; do
     case $word in
-      --method) reading=yes ;;
-      --*) reading= ;;
-      *) [ -z "$reading" ] || printf '%s %s\\n' "$name" "$word" ;;
+      --*) reading=$word ;;
+      *) case $reading in
+        --method) methods+=("$word") ;;
+        --task) tasks+=("$word") ;;
+      esac ;;
     esac
   done
+  for method in "${{methods[@]}}"; do
+    for task in "${{tasks[@]}}"; do echo "$name $method $task"; done
+  done
 }}
-for stage in gates table goal seeds robustness; do stage_$stage; done
+for stage in gates table repeat goal seeds dropout robustness; do stage_$stage; done
 """
     done = subprocess.run(['bash', '-c', code], capture_output=True, text=True, check=True)
     return {tuple(line.split()) for line in done.stdout.splitlines()}
@@ -77,8 +85,10 @@ def test_every_table_is_in_the_document_once(tables):
 
 
 def test_every_row_is_measured_and_all_that_is_measured_has_a_row(tables):
-    rows = {(row.file, row.method) for _, some in tables.TABLES.values() for row in some}
-    assert rows == measured()
+    rows = [row for _, some in tables.TABLES.values() for row in some]
+    runs = measured()
+    assert {(row.file, row.method) for row in rows} == {run[:2] for run in runs}
+    assert {(row.file, row.method, row.task) for row in rows if row.task} <= runs
 
 
 def test_every_method_is_one(tables):
@@ -109,14 +119,38 @@ def test_one_task_of_several(tables, tmp_path):
 def test_figures_of_other_weights_are_refused(tables, tmp_path):
     for name, weights in (('table', 'a'), ('goal', 'a'), ('main_seed_1_checkpoint', 'b')):
         write(tmp_path, name, cell(), weights=weights)
-    tables.check_weights(tmp_path)
+    tables.check_weights(tmp_path, 'a')
     write(tmp_path, 'gate_grey', cell(), weights='b')
     with pytest.raises(ValueError, match=r'gate_grey\.json'):
-        tables.check_weights(tmp_path)
+        tables.check_weights(tmp_path, 'a')
 
 
-def test_the_files_of_the_document_are_of_one_network(tables):
-    tables.check_weights(tables.FIGURES)
+def test_the_document_is_of_the_network_that_ships(tables):
+    tables.check_weights(tables.FIGURES, tables.weights())
+
+
+def test_what_runs_in_the_background_ends_with_the_script(tmp_path):
+    """The lines of the script themselves, around a training that would take a minute."""
+    text = SCRIPT.read_text()
+    lines = text[text.index('train() {') : text.index('evaluate() {')]
+    sleeper = tmp_path / 'specprune'
+    sleeper.write_text(f'#!/bin/sh\necho $$ >{tmp_path}/pid\nexec sleep 60\n')
+    sleeper.chmod(0o755)
+    code = f"""
+set -euo pipefail
+out={tmp_path} specprune={sleeper}
+exec 9>"$out/lock"
+flock -n 9
+{lines}
+beside train seed_0
+until [ -s "$out/pid" ]; do sleep 0.05; done
+exit 3
+"""
+    done = subprocess.run(['bash', '-c', code], timeout=30)
+    assert done.returncode == 3
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / 'pid').read_text()), 0)
+    subprocess.run(['flock', '-n', str(tmp_path / 'lock'), 'true'], check=True)
 
 
 def test_episodes_through_ros_are_paired_with_the_plain_ones(tables, tmp_path):
@@ -132,7 +166,7 @@ def test_episodes_through_ros_are_paired_with_the_plain_ones(tables, tmp_path):
         'task': 'a/0', 'seed': 1, 'ros': True, 'plain': False, 'ros_steps': 120,
         'plain_steps': 280,
     }  # fmt: skip
-    (tmp_path / 'ros.json').write_text(json.dumps(pairs))
+    (tmp_path / 'ros.json').write_text(json.dumps({'episodes': pairs}))
     assert tables.table('ros', tmp_path).splitlines()[2:] == [
         '| `a/0` | 0 to 1 | 2/2 | 1/2 | seed 1 (ROS) |',
         '| `b/0` | 0 to 0 | 1/1 | 1/1 |  |',

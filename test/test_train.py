@@ -364,11 +364,24 @@ class TestTrainer:
         torch.save(state, path)
         assert make_trainer(folders, data, tmp_path).step == 1
 
-    @NEEDS_MUON
-    def test_another_optimiser_in_the_folder_is_refused(self, folders, data, tmp_path):
+    @pytest.mark.parametrize(
+        ('name', 'value'),
+        [
+            ('seed', 1),
+            ('token_dropout', 0.5),
+            ('words_weight', 2.0),
+            ('precision', 'bfloat16'),
+            pytest.param('optimizer', 'muon', marks=NEEDS_MUON),
+        ],
+    )
+    def test_a_run_is_gone_on_with_as_it_began(self, folders, data, tmp_path, name, value):
         make_trainer(folders, data, tmp_path).save()
-        with pytest.raises(ConfigError, match=r'fit\.optimizer.*adamw'):
-            make_trainer(folders, data, tmp_path, optimizer='muon')
+        with pytest.raises(ConfigError, match=rf'fit\.{name}.*{getattr(FIT, name)}'):
+            make_trainer(folders, data, tmp_path, **{name: value})
+
+    def test_a_run_may_go_on_for_longer(self, folders, data, tmp_path):
+        make_trainer(folders, data, tmp_path).save()
+        assert make_trainer(folders, data, tmp_path, steps=6, gate_every=3).run()
 
     @NEEDS_MUON
     def test_muon_takes_the_matrices_of_the_layers_and_adamw_the_rest(
@@ -724,6 +737,8 @@ class TestExport:
         assert all(sentence in text for sentence in data.instructions)
         assert 'DOES NOT HOLD' in text
         assert '12 still scenes' in text
+        assert 'float32, adamw' in text
+        assert 'up to 0% of the patches' in text
 
     @pytest.mark.parametrize('sizes', [[100, 100], [28, 42], 28, ['28', '28'], []])
     def test_an_image_size_that_towers_cannot_have_is_refused(self, checkpoint, tmp_path, sizes):

@@ -15,10 +15,12 @@ import dataclasses
 import functools
 import json
 import math
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 import yaml
@@ -29,7 +31,7 @@ from specprune_ros.config_files import load_config
 from specprune_ros.errors import ConfigError, RecordingError
 from specprune_ros.images import CameraImage
 from specprune_ros.recall import kept_recall
-from specprune_ros.shipped import PREFIX, find_checkpoint
+from specprune_ros.shipped import PARAMS, PREFIX, find_checkpoint
 from specprune_ros.sim.closed_loop import LiberoTask, check_robot
 from specprune_ros.sim.conditions import CONDITIONS
 from specprune_ros.sim.film import Filmed
@@ -88,19 +90,20 @@ class Result:
         queries: of the policy.
         latency_ms: median of them, end to end but for the simulator's rendering; the first one
             left out where there are more.
-        kept: share of the visual tokens after the last layer, mean over queries.
+        kept: share of the visual tokens after the last layer; this and what follows are means over
+            all queries but the first, which is dense with a method that compares queries, where
+            there are more.
         static: the same after static pruning.
         fine: share of the queries in fine mode.
         action_error: mean absolute difference from what a dense inference on the same observation
-            gives, over all queries, in the units of the actions (-1..1 in LIBERO).
+            gives, in the units of the actions (-1..1 in LIBERO).
         object_static, object_kept: share left of the patches around the object to pick, after
-            static pruning and at the end, mean over the queries, dense ones, too, in which a
-            camera has it in its view, hidden or not; NaN for a task that the expert does not know.
-        flops: of the decoder, as a share of the dense one's (A.3), mean over queries.
+            static pruning and at the end, of the queries in which a camera has it in its view,
+            hidden or not; NaN for a task that the expert does not know.
+        flops: of the decoder, as a share of the dense one's (A.3).
         recall_static, recall_kept: share left of the patches that a dense inference on the same
             observation finds important, after static pruning and at the end, see
-            `recall.kept_recall`; mean over queries without the first one, which is dense;
-            NaN where there is no other.
+            `recall.kept_recall`.
     """
 
     task: str
@@ -290,23 +293,23 @@ def result_of(job: Job, end: Mapping[str, float], policy: Conditioned) -> Result
         policy: with its queries, at least one.
     """
     task, method, seed = job
-    reports = [query.report for query in policy.queries]
-    times = [1e3 * query.seconds for query in policy.queries]
+    later = policy.queries[1:] or policy.queries
+    reports = [query.report for query in later]
     total = [report.tokens_total.sum() for report in reports]
-    object_static, object_kept = _mean_shares([query.left for query in policy.queries])
-    recall_static, recall_kept = _mean_shares([query.recall for query in policy.queries[1:]])
+    object_static, object_kept = _mean_shares([query.left for query in later])
+    recall_static, recall_kept = _mean_shares([query.recall for query in later])
     return Result(
         task=task,
         method=method,
         seed=seed,
         success=bool(end['success']),
         steps=int(end['steps']),
-        queries=len(reports),
-        latency_ms=round(float(np.median(times[1:] or times)), 3),
+        queries=len(policy.queries),
+        latency_ms=round(1e3 * float(np.median([query.seconds for query in later])), 3),
         kept=_mean([r.tokens_kept.sum() / n for r, n in zip(reports, total, strict=True)]),
         static=_mean([r.tokens_static.sum() / n for r, n in zip(reports, total, strict=True)]),
         fine=_mean([r.mode == Mode.FINE for r in reports]),
-        action_error=_mean([query.error for query in policy.queries]),
+        action_error=_mean([query.error for query in later]),
         object_static=object_static,
         object_kept=object_kept,
         flops=_mean([report.flops_share for report in reports]),
@@ -438,7 +441,7 @@ def open_folder(folder: Path, plan: Plan) -> list[Result]:
     path = folder / PLAN
     text = json.dumps(dataclasses.asdict(plan), indent=2, sort_keys=True, default=list) + '\n'
     if path.exists():
-        if json.loads(path.read_text()) != json.loads(text):
+        if _identity(json.loads(path.read_text())) != _identity(json.loads(text)):
             raise ConfigError('--out', str(folder), f'holds another evaluation, see {PLAN}')
         return read_results(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -446,14 +449,34 @@ def open_folder(folder: Path, plan: Plan) -> list[Result]:
     return []
 
 
+def _identity(plan: dict) -> dict:
+    """A plan as JSON without the checkpoint's path: its weights tell which one it is."""
+    overrides = dict(plan['overrides'])
+    checkpoint = overrides.pop('model.checkpoint', None)
+    params = [name for name in plan['params'] if name != f'{checkpoint}/{PARAMS}']
+    return {**plan, 'overrides': overrides, 'params': params}
+
+
 def append_result(folder: Path, result: Result) -> None:
     """Add a line to the ledger."""
-    path, row = folder / EPISODES, dataclasses.asdict(result) | {'success': int(result.success)}
-    with path.open('a', newline='') as file:
-        writer = csv.DictWriter(file, row, lineterminator='\n')
-        if not file.tell():
-            writer.writeheader()
-        writer.writerow(row)
+    with (folder / EPISODES).open('a', newline='') as file:
+        _write(file, [result])
+
+
+def _rewrite(path: Path, results: Sequence[Result]) -> None:
+    """All lines at once or none."""
+    partial = path.with_suffix('.partial')
+    with partial.open('w', newline='') as file:
+        _write(file, results)
+    os.replace(partial, path)
+
+
+def _write(file: TextIO, results: Sequence[Result]) -> None:
+    rows = [dataclasses.asdict(one) | {'success': int(one.success)} for one in results]
+    writer = csv.DictWriter(file, rows[0], lineterminator='\n')
+    if not file.tell():
+        writer.writeheader()
+    writer.writerows(rows)
 
 
 def read_results(folder: Path) -> list[Result]:
@@ -470,9 +493,7 @@ def read_results(folder: Path) -> list[Result]:
     rows = csv.DictReader(text.splitlines())
     results = [_result(path, row) for row in rows]
     if results and not set(LATER) <= set(rows.fieldnames or ()):
-        path.unlink()  # lines of now do not fit under a header of before
-        for result in results:
-            append_result(folder, result)
+        _rewrite(path, results)  # lines of now do not fit under a header of before
     return results
 
 

@@ -186,6 +186,9 @@ def model_card(trainer: Trainer, gate: Gate, size: int) -> str:
         device=trainer.device,
         seed=config.fit.seed,
         withheld=config.data.withheld,
+        precision=config.fit.precision,
+        optimizer=config.fit.optimizer,
+        dropout=config.fit.token_dropout,
         batch=config.fit.layout_images * config.fit.layout_instructions + config.fit.demo_frames,
         held_out=min(config.fit.gate_scenes, len(data.gate)),
         nearest=gate.nearest,
@@ -212,6 +215,8 @@ It knows these instructions, and nothing else:
 | made with | `specprune collect`, training split; layouts are drawn anew for every episode |
 | withheld from it | {withheld} |
 | training | {done}, batch {batch}, seed {seed}, {hours:.1f} h on {device}, {threads} thread(s) |
+| arithmetic | {precision}, {optimizer} |
+| tokens missing in training | up to {dropout:.0%} of the patches, another share in every step |
 | held-out scenes | {held_out}: told the right object in {nearest:.0%}, off by {error:.0f} mm |
 | heading | off by {heading:.0f} degrees (median) |
 | gate (98 %, 10 mm) | {verdict} |

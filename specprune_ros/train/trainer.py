@@ -34,6 +34,8 @@ COLUMNS = (
     'nearest', 'error_mm', 'action_error', 'heading_deg',
 )  # fmt: skip
 FIXED = ('tasks', 'proprio', 'horizon', 'withheld')  # of a run's data; more may be collected
+# What may change along a run: when it ends, what it runs on, what is written on the way.
+FREE = ('steps', 'device', 'threads', 'gate_every', 'gate_scenes', 'keep', 'save_every_s')
 SMOOTHING = 0.98  # of the losses in the curves
 
 
@@ -52,8 +54,8 @@ class Trainer:
         seconds: of training so far, all runs together.
 
     Raises:
-        ConfigError: the folder's run has another network, optimiser or other tasks, or there is
-            no such device or optimiser.
+        ConfigError: the folder's run has another network, other tasks, or is fitted otherwise; or
+            there is no such device or optimiser.
         CheckpointError: its checkpoint cannot be read.
     """
 
@@ -254,7 +256,8 @@ class Trainer:
     def _check_same(self, before: dict) -> None:
         ours = dataclasses.asdict(self.config)
         defaults = dataclasses.asdict(TrainConfig())
-        fixed = (('network', ours['network']), ('data', FIXED), ('fit', ('optimizer',)))
+        fit = [name for name in ours['fit'] if name not in FREE]
+        fixed = (('network', ours['network']), ('data', FIXED), ('fit', fit))
         for axis, names in fixed:
             for name in names:
                 has = before[axis].get(name, defaults[axis][name])  # it may be older than a field
