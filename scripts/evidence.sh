@@ -126,9 +126,9 @@ stage_seeds() {
   done
 }
 
-stage_dropout() { # trained with more tokens missing: is `random` still a control?
-  train dropout_75 --set fit.token_dropout=0.75
-  evaluate "$out/dropout_75/checkpoint" dropout_75 --method dense $FIXED random:budget=fixed \
+stage_dropout() { # trained with fewer tokens missing: is `random` still a control?
+  train dropout_50 --set fit.token_dropout=0.5
+  evaluate "$out/dropout_50/checkpoint" dropout_50 --method dense $FIXED random:budget=fixed \
     --task "${SHUFFLED[@]}"
 }
 

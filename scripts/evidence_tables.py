@@ -208,7 +208,7 @@ TABLES: dict[str, tuple[tuple[Column, ...], list[Row]]] = {
         FULL,
         [
             Row(f'{missing}: {name}', file, method)
-            for missing, file in (('50 %', 'table'), ('75 %', 'dropout_75'))
+            for missing, file in (('50 %', 'dropout_50'), ('75 %', 'table'))
             for name, method in (
                 ('dense', 'dense'),
                 ('SpecPrune', FIXED),
