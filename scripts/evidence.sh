@@ -6,7 +6,7 @@
 #                                        #          goal seeds dropout robustness ros document
 #   SPECPRUNE_EVIDENCE=DIR   # data and networks; default out/evidence
 #   SPECPRUNE_FIGURES=DIR    # episodes; default docs/evidence, where episodes that were run count:
-#                            # name another one to run all of them again, or for other networks
+#                            # name another one to run all of them again
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 out=${SPECPRUNE_EVIDENCE:-out/evidence} figures=${SPECPRUNE_FIGURES:-docs/evidence}
@@ -16,13 +16,12 @@ MUJOCO_GL=$(cat .venv-sim/specprune_ros_gl)
 export MUJOCO_GL PYOPENGL_PLATFORM=$MUJOCO_GL LP_NUM_THREADS=1 OMP_NUM_THREADS=1
 specprune=.venv-sim/bin/specprune
 
-NETWORK=${SPECPRUNE_NETWORK:-shipped/libero_small} # which is seed_0 of stage_train
+NETWORK=shipped/libero_small # which is seed_0 of stage_train
 SHUFFLED=(object_shuffled/{0..3})
 GOALS=(libero_goal/{1,4,6,8})
 EARLIER='[4000,4500]' # checkpoints of one run
 EPISODES=50 # per task
 FIXED=specprune:budget=fixed
-DEMO=specprune # as config/demo.yaml has it
 MAIN=(dense $FIXED specprune:budget=union random:budget=fixed uniform:budget=fixed)
 STUDY=( # FlashVLA's reuse of actions and the other methods: not written yet
   $FIXED,alpha=1.0 $FIXED,alpha=0.6
@@ -144,7 +143,7 @@ stage_robustness() {
 
 stage_ros() { # the same episodes through the nodes, which run what ships
   local index folder weights
-  evaluate shipped/libero_small ros_plain --method "$DEMO" --open-loop-steps 4 --seeds 5 \
+  evaluate $NETWORK ros_plain --method specprune --open-loop-steps 4 --seeds 5 \
     --task "${SHUFFLED[@]}"
   weights=$(.venv/bin/python scripts/evidence_tables.py --weights)
   for index in "${!SHUFFLED[@]}"; do

@@ -1,7 +1,10 @@
 """Fill the tables of docs/evidence.md from docs/evidence/*.json, which `specprune eval` wrote.
 
 python scripts/evidence_tables.py           # rewrites the document
-python scripts/evidence_tables.py --check   # 1 where it says something else than the files
+python scripts/evidence_tables.py --ros EPISODES.csv ROS/*/episodes.json   # makes ros.json
+python scripts/evidence_tables.py --weights # digest of what ships
+
+SPECPRUNE_FIGURES names another folder than docs/evidence.
 """
 
 from __future__ import annotations
@@ -375,7 +378,7 @@ def filled(text: str, figures: Path) -> str:
 
 
 def main() -> int:
-    """Rewrite the document, or check it, or pair episodes.
+    """Rewrite the document, or pair episodes, or tell the weights.
 
     Raises:
         ValueError: figures that do not belong together.
@@ -389,11 +392,7 @@ def main() -> int:
         print(weights())
         return 0
     check_weights(FIGURES, weights())
-    before = DOCUMENT.read_text()
-    after = filled(before, FIGURES)
-    if '--check' in sys.argv[1:]:
-        return int(after != before)
-    DOCUMENT.write_text(after)
+    DOCUMENT.write_text(filled(DOCUMENT.read_text(), FIGURES))
     return 0
 
 

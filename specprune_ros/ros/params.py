@@ -33,7 +33,7 @@ class Parameters:
         self._defaults, kind = defaults, type(defaults)
         self._axes = axes_of(kind)
         self._names = parameter_names(kind)
-        self._given = dict(getattr(node, '_parameter_overrides', {}))
+        self._given = given_parameters(node)
         self._bad: dict[str, object] = {}
         for axis, cls in self._axes.items():
             for spec in dataclasses.fields(cls):
@@ -92,9 +92,9 @@ class Parameters:
             self._node.declare_parameter(name, value, descriptor, ignore_override=True)
 
 
-def names_given(node: Node) -> list[str]:
-    """Parameters that files and the command line set, declared or not."""
-    return list(getattr(node, '_parameter_overrides', {}))
+def given_parameters(node: Node) -> dict[str, Parameter]:
+    """Name -> what files and the command line set, declared or not."""
+    return dict(getattr(node, '_parameter_overrides', {}))
 
 
 def _plain(parameter: Parameter) -> object:

@@ -35,7 +35,7 @@ from specprune_ros.msg import VlaStatus
 from specprune_ros.ros import diagnostics, qos, vla_diagnostics
 from specprune_ros.ros.e_stop import EmergencyStopInput
 from specprune_ros.ros.lifecycle import ManagedNode
-from specprune_ros.ros.params import Parameters, fixed_changes, names_given
+from specprune_ros.ros.params import Parameters, fixed_changes, given_parameters
 from specprune_ros.ros.process import Mailbox, Paced, spin_process
 from specprune_ros.ros.tasks import TaskServer
 from specprune_ros.ros.vla_inputs import mismatch
@@ -89,7 +89,7 @@ class VlaNode(ManagedNode):
         self._ending, self._load = stop or threading.Event(), load
         self._loading: LoadingThread | None = None
         self._health = Health()
-        self._settings = Parameters(self, default_config(names_given(self)))
+        self._settings = Parameters(self, default_config(given_parameters(self)))
         self._pipeline: Pipeline | None = None  # while configured
         self._asked = self._held = PruneConfig(), False  # pruning, whether dense: see _set_pruning
         self._emergency: EmergencyStopInput | None = None  # likewise

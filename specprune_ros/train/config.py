@@ -8,6 +8,7 @@ from specprune_ros.config import check_fields, setting
 from specprune_ros.errors import ConfigError
 
 PATCH = 14  # px, of both towers
+PRECISIONS = ('float32', 'bfloat16')
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +89,7 @@ class FitConfig:
     precision: str = setting(
         'float32',
         'of products in forward and backward; weights are always float32',
-        choices=('float32', 'bfloat16'),
+        choices=PRECISIONS,
     )
     rate: float = setting(1e-3, 'peak learning rate', low=0.0)
     final_rate: float = setting(0.05, 'share of the learning rate at the end', low=0.0, high=1.0)

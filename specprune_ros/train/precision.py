@@ -12,7 +12,7 @@ from torch.backends.cuda import (
 )
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-PRECISIONS = ('float32', 'bfloat16')
+from specprune_ros.train.config import PRECISIONS
 
 
 @contextlib.contextmanager
