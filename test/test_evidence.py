@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from specprune_ros.cli.eval import plain_cell
 from specprune_ros.config import PruneConfig
-from specprune_ros.sim.evaluate import pruning_of
+from specprune_ros.sim.comparison import compare
+from specprune_ros.sim.evaluate import pruning_of, read_results
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / 'scripts' / 'evidence.sh'
@@ -114,6 +116,22 @@ def test_a_row_says_what_its_file_says(tables, tmp_path):
 def test_one_task_of_several(tables, tmp_path):
     write(tmp_path, 'table', cell(), cell(task='object_shuffled/0', successes=40, episodes=50))
     assert '| `object_shuffled/0`, dense | 40/50, 80.0 % |' in tables.table('tasks', tmp_path)
+
+
+def test_every_file_says_what_its_episodes_say(tables):
+    folders = [path.parent for path in tables.FIGURES.glob('*/episodes.csv')]
+    assert folders
+    for folder in folders:
+        content = json.loads(folder.with_suffix('.json').read_text())
+        plan = json.loads((folder / 'evaluation.json').read_text())
+        assert content['plan'] == plan, folder.name
+        results = read_results(folder)
+        order = list(dict.fromkeys(one['method'] for one in content['cells']))
+        results.sort(key=lambda one: order.index(one.method))
+        cells = [plain_cell(one) for one in compare(results, order[0])]
+        for got, wanted in zip(content['cells'], cells, strict=True):
+            for name, value in wanted.items():  # sums depend on the order of the episodes
+                assert got[name] == pytest.approx(value), (folder.name, name)
 
 
 def test_figures_of_other_weights_are_refused(tables, tmp_path):

@@ -116,7 +116,7 @@ def run(arguments: argparse.Namespace) -> int:
     console.print(cell_table(cells, plan.condition))
     plot_cells(cells, arguments.out / 'success.png')
     if arguments.json:
-        content = {'plan': dataclasses.asdict(plan), 'cells': [_plain(cell) for cell in cells]}
+        content = {'plan': dataclasses.asdict(plan), 'cells': [plain_cell(cell) for cell in cells]}
         arguments.json.write_text(json.dumps(content, indent=2) + '\n')
     console.print(f'written to {arguments.out}')
     return 0
@@ -193,8 +193,8 @@ def _shares(static: float, kept: float) -> str:
     return '' if math.isnan(static) else f'{static:.0%}, {kept:.0%}'
 
 
-def _plain(cell: Cell) -> dict[str, object]:
-    """JSON has no NaN."""
+def plain_cell(cell: Cell) -> dict[str, object]:
+    """What the JSON file says of a cell; it has no NaN."""
     values = dataclasses.asdict(cell)
     return {
         name: None if isinstance(value, float) and math.isnan(value) else value
