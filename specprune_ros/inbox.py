@@ -227,6 +227,14 @@ class Inbox:
         )
 
     @property
+    def proprio_lag_s(self) -> float:
+        """By how much the proprioceptive state is older than the newest image; 0: it is not."""
+        if not self._images or not self._proprio:
+            return 0.0
+        newest = max(stamp for stamp, _ in self._images.values())
+        return max(0.0, newest - min(stamp for stamp, _ in self._proprio.values())) / NS
+
+    @property
     def proprio(self) -> np.ndarray | None:
         """[P] in the order of the robot's joint_names; None before all of it came, or without."""
         if not self._inputs or len(self._proprio) < len(self._inputs):
@@ -252,27 +260,30 @@ class QueryTrigger:
 
     A timer alone would take images that are up to a frame period old. So would waiting for a set
     that begins after the query fell due, where it falls due amid one. When a camera is late, the
-    query goes out without its new image, or tells what is missing.
+    query goes out without its new image, or tells what is missing. A set waits, but not long, for
+    the arm's state of its time: a message of its own may come a little later than the images.
 
     Args:
         cameras: whose images make a set.
         period_ns: between queries, on average at least.
+        state_patience_ns: that a complete set waits for the arm's state.
     """
 
     PATIENCE_NS = NS // 10  # that a due query waits for a set; a camera of 10 Hz gives one
     START_PATIENCE_NS = NS // 2  # likewise, the first one: streams have yet to be discovered
 
-    def __init__(self, cameras: Sequence[str], period_ns: int):
+    def __init__(self, cameras: Sequence[str], period_ns: int, state_patience_ns: int = 0):
         self._cameras = frozenset(cameras)
-        self._period_ns = period_ns
+        self._period_ns, self._state_patience_ns = period_ns, state_patience_ns
         self._patience_ns = self.START_PATIENCE_NS
         self._due_ns = 0
         self._new: set[str] = set()
+        self._held_ns: int | None = None  # since when a complete set waits for the arm's state
 
     def start(self, now_ns: int) -> None:
         """A query is due from now on."""
         self._due_ns, self._patience_ns = now_ns, self.START_PATIENCE_NS
-        self._new.clear()
+        self._begin_set()
 
     def image(self, camera: str, now_ns: int) -> bool:
         """An image came; whether it completes a set while a query is due."""
@@ -280,8 +291,21 @@ class QueryTrigger:
         self._new.add(camera)
         complete, due = self._new >= self._cameras, now_ns >= self._due_ns
         if complete and not due:
-            self._new.clear()
+            self._begin_set()
         return complete and due
+
+    @property
+    def is_held(self) -> bool:
+        """Whether a complete set waits for the arm's state."""
+        return self._held_ns is not None
+
+    def hold(self, now_ns: int) -> bool:
+        """The arm's state is older than the images: whether to wait for a newer one."""
+        if not self._new >= self._cameras:
+            return False
+        if self._held_ns is None:
+            self._held_ns = now_ns
+        return 0 <= now_ns - self._held_ns < self._state_patience_ns
 
     def is_overdue(self, now_ns: int) -> bool:
         """Whether a due query has waited long enough for its set."""
@@ -297,4 +321,8 @@ class QueryTrigger:
         """A query went out; the next is due a period after this one was."""
         self._due_ns = max(self._due_ns + self._period_ns, now_ns)
         self._patience_ns = min(self.PATIENCE_NS, self._period_ns // 2)
+        self._begin_set()
+
+    def _begin_set(self) -> None:
         self._new.clear()
+        self._held_ns = None

@@ -488,6 +488,32 @@ def test_queries_keep_their_rate_on_average(period, gaps_ms):
     assert queries >= passed / (period + slack) - 1
 
 
+def test_a_set_waits_for_the_arm_s_state_but_not_long():
+    trigger = QueryTrigger(('wrist', 'side'), PERIOD, 25 * MS)
+    trigger.start(NOW)
+    trigger.image('wrist', NOW)
+    assert not trigger.hold(NOW), 'nothing waits for the state but a complete set'
+    trigger.image('side', NOW)
+    assert not trigger.is_held
+    assert trigger.hold(NOW)
+    assert trigger.is_held
+    assert trigger.hold(NOW + 24 * MS)
+    assert trigger.image('wrist', NOW + 24 * MS), 'further images do not make it wait anew'
+    assert not trigger.hold(NOW + 25 * MS)
+    trigger.queried(NOW + 25 * MS)
+    assert not trigger.is_held
+    assert not trigger.hold(NOW + 26 * MS)
+
+
+def test_the_lag_of_the_state_is_counted_from_the_newest_image():
+    inbox = full_inbox()
+    assert inbox.proprio_lag_s == 0.0
+    inbox.put_image('side', NOW + 30 * MS, picture(3))
+    assert inbox.proprio_lag_s == pytest.approx(0.03)
+    inbox.put_joints(NOW + 40 * MS, JOINTS, (0.1, 0.2, 0.3))
+    assert inbox.proprio_lag_s == 0.0
+
+
 def test_a_clock_set_back_does_not_silence_the_trigger():
     """Bug: the next query waited until the clock had caught up."""
     trigger = QueryTrigger(('wrist',), PERIOD)

@@ -151,6 +151,14 @@ def test_a_query_that_falls_due_amid_the_images_of_a_set_takes_that_set():
     assert trigger.image('side', 3 * period_ns)
 
 
+def test_a_query_waits_for_the_arm_s_state_of_its_images(active):
+    """Bug: it took the state of the frame before. The world sends the state after the images."""
+    active.reports.clear()
+    assert active.run(20, lambda: len(active.reports) >= 7)
+    lags_ns = [max(r.image_stamps_ns) - min(r.proprio_stamps_ns) for r in active.reports]
+    assert np.median(lags_ns) < 25_000_000, 'half a control step'
+
+
 # Bad input: one clear message, counted, and the node goes on ------------------------------------
 
 

@@ -139,6 +139,21 @@ def test_a_chunk_starts_after_the_rows_executed_since_its_observation():
     assert np.allclose(np.diff(positions(world.commands), axis=0), 0.01)
 
 
+def test_a_command_that_had_no_effect_yet_counts_as_executed():
+    """Bug: of an arm that takes a step to obey, the observation shows one row less than was sent:
+    that row was sent twice, once from each chunk, and all later ones came a step late."""
+    world = World(stream__command_latency_s=DT / 1e9)
+    world.put(ramp(0.01))
+    world.tick(3)
+    world.now += DT // 2
+    observed = world.now  # row 2 is on its way; what is seen are rows 0 and 1
+    world.tick(after=DT // 2)
+    assert world.put(ramp(0.01, start=0.02), observation_stamp_ns=observed)
+    world.tick(2)
+    assert steps(world.commands)[-4:] == [(1, 2), (1, 3), (2, 2), (2, 3)]
+    assert np.allclose(np.diff(positions(world.commands), axis=0), 0.01)
+
+
 def test_rows_are_dropped_for_executed_steps_not_for_time():
     """Three control periods of latency, but the timer slept: only one row was executed."""
     world = World()

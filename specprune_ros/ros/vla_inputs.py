@@ -27,6 +27,7 @@ class InputEvents:
 
     Attributes:
         image: a camera's image was stored.
+        state: a joint state or end-effector pose was.
         executed: a control step was executed; with the cameras' newest images.
         instruction: a text came.
         peer: action_streamer gave a sign of life.
@@ -35,6 +36,7 @@ class InputEvents:
     """
 
     image: Callable[[str], None]
+    state: Callable[[], None]
     executed: Callable[[Executed, Mapping], None]
     instruction: Callable[[str], None]
     peer: Callable[[], None]
@@ -116,10 +118,12 @@ class Inputs:
     def _on_joints(self, msg: JointState) -> None:
         self._events.arrived(JOINTS)
         self._inbox.put_joints(self._stamp(JOINTS, msg), msg.name, msg.position)
+        self._events.state()
 
     def _on_pose(self, msg: PoseStamped) -> None:
         self._events.arrived(POSE)
         self._inbox.put_pose(self._stamp(POSE, msg), *conversions.pose_from_msg(msg))
+        self._events.state()
 
     def _on_executed(self, msg: ExecutedAction) -> None:
         self._events.arrived('executed_action')

@@ -80,7 +80,10 @@ class Pipeline:
         self._inputs: Inputs | None = None
         self._timer: object | None = None
         period_ns = round(NS / config.runtime.query_rate_hz)
-        self._trigger = QueryTrigger(config.robot.camera_names, period_ns)
+        self._state_lag_s = config.robot.step_dt_s / 2
+        self._trigger = QueryTrigger(
+            config.robot.camera_names, period_ns, round(self._state_lag_s * NS)
+        )
         info = model_info(policy, config, self._now_ns())  # what can fail comes before what stays
         self._chunks = ChunkPublisher(node, config, self._on_mismatch)
         self._model = node.create_publisher(
@@ -115,6 +118,7 @@ class Pipeline:
         around = self._around
         events = InputEvents(
             image=self._on_image,
+            state=self._on_state,
             executed=self._on_executed,
             instruction=around.instruction,
             peer=around.peer,
@@ -157,8 +161,12 @@ class Pipeline:
         if self._trigger.image(camera, self._now_ns()):
             self._query()
 
+    def _on_state(self) -> None:
+        if self._trigger.is_held:
+            self._query()
+
     def _on_timer(self) -> None:
-        if self._trigger.is_overdue(self._now_ns()):
+        if self._trigger.is_held or self._trigger.is_overdue(self._now_ns()):
             self._query()
 
     def _on_executed(self, action: ExecutedAction, images: Mapping) -> None:
@@ -173,6 +181,8 @@ class Pipeline:
         if machine.state is not NodeState.RUNNING or not self.worker.is_idle:
             return
         now_ns, task = self._now_ns(), machine.task
+        if self.inbox.proprio_lag_s > self._state_lag_s and self._trigger.hold(now_ns):
+            return  # the state of the images' time may be in the next message
         try:
             observation = self.inbox.observation(now_ns, task.goal.instruction)
         except ObservationError as error:

@@ -84,6 +84,12 @@ class StreamConfig:
         'which ends the running one in controllers that know it (stop); nothing (none)',
         choices=('hold', 'stop', 'none'),
     )
+    command_latency_s: float = setting(
+        0.0,
+        'from sending a command until an observation shows what it did: rows that went out so '
+        'shortly before the observation of a chunk count as executed, too',
+        low=0.0, high=1.0, unit='s',
+    )  # fmt: skip
     command_timeout_s: float = setting(
         1.5,
         'a chunk whose observation is older than this is never executed',

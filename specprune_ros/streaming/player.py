@@ -55,7 +55,13 @@ class ChunkPlayer:
         joints = self._motion.names if isinstance(self._motion, JointMotion) else ()
         self.measured = Measured(joints, stream.max_state_age_s)
         decay = stream.ensemble_decay if stream.blending == 'ensemble' else None
-        self.queue = ChunkQueue(robot.step_dt_s, robot.horizon, decay, self._grippers.columns)
+        self.queue = ChunkQueue(
+            robot.step_dt_s,
+            robot.horizon,
+            decay,
+            self._grippers.columns,
+            stream.command_latency_s,
+        )
         self._dt_ns = round(robot.step_dt_s * NS)
         self._sent_ns: int | None = None  # when the last command was sent
         self._commanded = None  # base of the next command; None: the measured state

@@ -3,7 +3,8 @@
 Row i of a chunk is for its stamp + (i + 1) control periods. That holds for the first row to be
 executed; from then on a chunk advances by the control periods that really went by, so that a
 timer which ticks a little early or late neither skips nor repeats rows. Rows that were executed
-after a chunk's observation count as done: its policy did not see them happen.
+after a chunk's observation count as done: its policy did not see them happen. So do those that
+were sent before it but had no effect yet: an arm takes its time.
 """
 
 from __future__ import annotations
@@ -72,10 +73,18 @@ class ChunkQueue:
         horizon: L, of every chunk.
         decay: m of the ensemble's weights; None: the newest chunk replaces the others.
         unblended: action columns that are never averaged (grippers: half closed is neither).
+        latency_s: from a command to its effect in an observation.
     """
 
-    def __init__(self, dt_s: float, horizon: int, decay: float | None, unblended: np.ndarray):
-        self._dt_ns = round(dt_s * NS)
+    def __init__(
+        self,
+        dt_s: float,
+        horizon: int,
+        decay: float | None,
+        unblended: np.ndarray,
+        latency_s: float = 0.0,
+    ):
+        self._dt_ns, self._latency_ns = round(dt_s * NS), round(latency_s * NS)
         self._decay = decay
         self._unblended = unblended
         self._chunks: list[QueuedChunk] = []
@@ -102,8 +111,9 @@ class ChunkQueue:
         self._executed_ns.clear()
 
     def aligned(self, chunk: ActionChunk, rows: np.ndarray) -> QueuedChunk:
-        """A chunk with the rows marked as done that were executed since its observation."""
-        done = sum(stamp > chunk.observation_stamp_ns for stamp in self._executed_ns)
+        """A chunk with the rows marked as done whose effect its observation does not show."""
+        shown_ns = chunk.observation_stamp_ns - self._latency_ns
+        done = sum(stamp > shown_ns for stamp in self._executed_ns)
         queued = QueuedChunk(chunk, rows)
         if done:
             queued.last, queued.since_ns = done - 1, self._executed_ns[-1]
