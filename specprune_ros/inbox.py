@@ -300,7 +300,11 @@ class QueryTrigger:
         return self._held_ns is not None
 
     def hold(self, now_ns: int) -> bool:
-        """The arm's state is older than the images: whether to wait for a newer one."""
+        """The arm's state is older than the images: begin to wait, or go on.
+
+        Returns:
+            whether to; False without a complete set, and after `state_patience_ns`.
+        """
         if not self._new >= self._cameras:
             return False
         if self._held_ns is None:

@@ -16,6 +16,7 @@ from streaming_world import (
 )  # fmt: skip
 
 from specprune_ros.checks import executed_displacement
+from specprune_ros.errors import ConfigError
 from specprune_ros.streaming.streamer import Safety, Streamer
 
 ARM = [0, 1, 2]
@@ -152,6 +153,70 @@ def test_a_command_that_had_no_effect_yet_counts_as_executed():
     world.tick(2)
     assert steps(world.commands)[-4:] == [(1, 2), (1, 3), (2, 2), (2, 3)]
     assert np.allclose(np.diff(positions(world.commands), axis=0), 0.01)
+
+
+@pytest.mark.parametrize('latency', [1, 4, 7])
+def test_a_stop_overtakes_the_commands_that_are_on_their_way(latency):
+    """Bug: the first chunk after it began with a later row, as if they had still had an effect."""
+    world = World(stream__command_latency_s=latency * DT / 1e9)
+    world.put(ramp(0.01))
+    world.tick(5)
+    world.order('pause', True)
+    world.order('pause', False)
+    world.now += DT // 2
+    world.refresh()
+    assert world.put(ramp(0.01))
+    world.tick()
+    assert steps(world.commands)[-1] == (2, 0)
+
+
+def test_a_new_task_begins_with_the_first_row_whatever_was_on_its_way():
+    world = World(stream__command_latency_s=4 * DT / 1e9)
+    world.put(ramp(0.01))
+    world.tick(5)
+    world.epoch += 1
+    world.refresh()
+    world.tick()
+    assert world.safeties[-1].reason == 'task_ended'
+    assert world.put(ramp(0.01))
+    world.tick()
+    assert steps(world.commands)[-1] == (2, 0)
+
+
+def test_after_a_stop_the_first_row_is_in_reach_of_the_measured_state():
+    """Bug: the rows that were skipped made it too far, and the chunk was refused."""
+    world = World(
+        stream__command_latency_s=4 * DT / 1e9, limits__policy='reject', limits__max_step=[0.02]
+    )
+    world.put(ramp(0.01))
+    world.tick(5)
+    world.order('pause', True)
+    world.order('pause', False)
+    world.now += DT // 2
+    world.refresh()
+    assert world.put(ramp(0.01)), world.messages
+
+
+def test_rows_on_their_way_count_again_after_a_stop():
+    world = World(stream__command_latency_s=DT / 1e9)
+    world.put(ramp(0.01))
+    world.tick(2)
+    world.order('pause', True)
+    world.order('pause', False)
+    world.put(ramp(0.01))
+    world.tick(3)
+    world.now += DT // 2
+    observed = world.now
+    world.tick(after=DT // 2)
+    assert world.put(ramp(0.01), observation_stamp_ns=observed)
+    world.tick()
+    assert steps(world.commands)[-2:] == [(2, 3), (3, 2)]
+
+
+def test_a_latency_as_long_as_a_chunk_is_refused():
+    with pytest.raises(ConfigError, match=r'stream\.command_latency_s'):
+        World(stream__command_latency_s=HORIZON * DT / 1e9)
+    World(stream__command_latency_s=(HORIZON - 1) * DT / 1e9)
 
 
 def test_rows_are_dropped_for_executed_steps_not_for_time():

@@ -81,9 +81,8 @@ class Pipeline:
         self._timer: object | None = None
         period_ns = round(NS / config.runtime.query_rate_hz)
         self._state_lag_s = config.robot.step_dt_s / 2
-        self._trigger = QueryTrigger(
-            config.robot.camera_names, period_ns, round(self._state_lag_s * NS)
-        )
+        patience_ns = min(round(self._state_lag_s * NS), QueryTrigger.PATIENCE_NS)
+        self._trigger = QueryTrigger(config.robot.camera_names, period_ns, patience_ns)
         info = model_info(policy, config, self._now_ns())  # what can fail comes before what stays
         self._chunks = ChunkPublisher(node, config, self._on_mismatch)
         self._model = node.create_publisher(

@@ -86,8 +86,8 @@ class StreamConfig:
     )
     command_latency_s: float = setting(
         0.0,
-        'from sending a command until an observation shows what it did: rows that went out so '
-        'shortly before the observation of a chunk count as executed, too',
+        'from sending a command until an observation shows all that it did: rows that went out '
+        'so shortly before the observation of a chunk count as executed; too much skips rows',
         low=0.0, high=1.0, unit='s',
     )  # fmt: skip
     command_timeout_s: float = setting(
@@ -205,6 +205,7 @@ class StreamerConfig:
             )
         if output == 'chunk':
             return
+        self._check_latency()
         self._check_limits()
         self._check_gripper()
         if space == 'joint_velocity' and not self.limits.velocity_max:
@@ -224,6 +225,12 @@ class StreamerConfig:
             for name, unit in units
             if name in self.robot.gripper_names or (joints and unit == '1')
         )
+
+    def _check_latency(self) -> None:
+        latency_s, robot = self.stream.command_latency_s, self.robot
+        if latency_s >= (chunk_s := robot.horizon * robot.step_dt_s):
+            why = f'is as long as a chunk, {chunk_s:g} s: no row of it would be left'
+            raise ConfigError('stream.command_latency_s', latency_s, why)
 
     def _check_limits(self) -> None:
         width = len(self.robot.action_names)
