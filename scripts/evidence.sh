@@ -3,7 +3,7 @@
 # hours; run it again and it goes on where it stopped.
 #
 #   bash scripts/evidence.sh [STAGE...]   # default: data train controls gates table repeat
-#                                        #          goal seeds dropout robustness ros document
+#                                        #          goal seeds spared robustness ros document
 #   SPECPRUNE_EVIDENCE=DIR   # data and networks; default out/evidence
 #   SPECPRUNE_FIGURES=DIR    # episodes; default docs/evidence, where episodes that were run count:
 #                            # name another one to run all of them again
@@ -125,10 +125,15 @@ stage_seeds() {
   done
 }
 
-stage_dropout() { # trained with fewer tokens missing: is `random` still a control?
-  train dropout_50 --set fit.token_dropout=0.5
-  evaluate "$out/dropout_50/checkpoint" dropout_50 --method dense $FIXED random:budget=fixed \
-    --task "${SHUFFLED[@]}"
+stage_spared() { # networks that did without the named object's patches, too: what does `random` lose?
+  local percent
+  beside train spared_0 --set fit.token_spared=0.0
+  beside train spared_50 --set fit.token_spared=0.5
+  ended
+  for percent in 0 50; do
+    evaluate "$out/spared_$percent/checkpoint" spared_$percent --task "${SHUFFLED[@]}" \
+      --method dense $FIXED random:budget=fixed
+  done
 }
 
 stage_robustness() {
@@ -167,7 +172,7 @@ flock -n 9 || {
   echo "evidence: another run works in $out" >&2
   exit 1
 }
-for stage in "${@:-data train controls gates table repeat goal seeds dropout robustness ros document}"; do
+for stage in "${@:-data train controls gates table repeat goal seeds spared robustness ros document}"; do
   for one in $stage; do
     "stage_$one"
   done

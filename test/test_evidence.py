@@ -50,6 +50,8 @@ def measured() -> set[tuple[str, str, str]]:
 set -eu
 out=/out specprune=false
 train() {{ :; }}
+beside() {{ :; }}
+ended() {{ :; }}
 {settings}
 {stages}
 evaluate() {{
@@ -69,7 +71,7 @@ evaluate() {{
     for task in "${{tasks[@]}}"; do echo "$name $method $task"; done
   done
 }}
-for stage in gates table repeat goal seeds dropout robustness; do stage_$stage; done
+for stage in gates table repeat goal seeds spared robustness; do stage_$stage; done
 """
     done = subprocess.run(['bash', '-c', code], capture_output=True, text=True, check=True)
     return {tuple(line.split()) for line in done.stdout.splitlines()}

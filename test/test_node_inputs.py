@@ -16,7 +16,7 @@ pytest.importorskip('specprune_ros.msg', reason='messages are not built: run scr
 
 from geometry_msgs.msg import PoseStamped  # noqa: E402
 from rclpy.qos import ReliabilityPolicy, qos_profile_sensor_data  # noqa: E402
-from ros_world import CAMERAS, FAST_NODE, NodeProcess, World, ros_domain  # noqa: E402
+from ros_world import CAMERAS, FAST_NODE, JOINTS, NodeProcess, World, ros_domain  # noqa: E402
 from sensor_msgs.msg import Image  # noqa: E402
 from std_msgs.msg import String  # noqa: E402
 
@@ -157,6 +157,19 @@ def test_a_query_waits_for_the_arm_s_state_of_its_images(active):
     assert active.run(20, lambda: len(active.reports) >= 7)
     lags_ns = [max(r.image_stamps_ns) - min(r.proprio_stamps_ns) for r in active.reports]
     assert np.median(lags_ns) < 25_000_000, 'half a control step'
+
+
+def test_a_state_that_is_always_late_is_not_waited_for_long(active, monkeypatch):
+    late_ns = 200_000_000
+
+    def joint_state():
+        return conversions.joints_to_msg(JOINTS, np.zeros(3), active.now_ns() - late_ns)
+
+    monkeypatch.setattr(active, 'joint_state', joint_state)
+    active.reports.clear()
+    assert active.run(20, lambda: len(active.reports) >= 5)
+    newest = active.reports[-1]
+    assert max(newest.image_stamps_ns) - min(newest.proprio_stamps_ns) >= late_ns - 50_000_000
 
 
 # Bad input: one clear message, counted, and the node goes on ------------------------------------

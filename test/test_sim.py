@@ -319,6 +319,7 @@ def episode(steps: int = 7, **changes: object) -> Episode:
         'executed': rng.random((steps, 7), np.float32),
         'place_names': np.array(['basket', 'soup']),
         'places': rng.random((steps, 2, 3), np.float32),
+        'pixels': rng.random((len(frames), 2, 2, 2), np.float32),
     }  # fmt: skip
     return Episode(**{**values, **changes})
 
@@ -440,6 +441,8 @@ class TestCollect:
         assert np.array_equal(clean.actions, clean.executed)
         assert clean.frame_steps.tolist() == list(range(0, len(clean.actions), 3))
         assert np.array_equal(clean.images[:, 0, 1, 0, 0], clean.frame_steps % 256)
+        assert clean.pixels.shape == (len(clean.images), 2, len(clean.place_names), 2)
+        assert (clean.pixels[:, 0] == (4.0, 1.0)).all(), 'where the wrist camera has them'
 
     def test_a_bad_command_line_is_answered_with_what_is_allowed(self, tmp_path, capsys):
         bad = {

@@ -1,6 +1,7 @@
 """Behaviour cloning: labels, batches, the batched forward, resuming, and the exported folder."""
 
 import dataclasses
+import math
 import os
 import signal
 
@@ -24,6 +25,7 @@ from specprune_ros.sim.dataset import (
     Episode,
     Recipe,
     episode_path,
+    episodes,
     open_dataset,
     write_episode,
 )
@@ -34,7 +36,7 @@ from specprune_ros.sim.tasks import BASKET, SHUFFLE
 from specprune_ros.train.config import DataConfig, FitConfig, NetworkConfig, TrainConfig
 from specprune_ros.train.data import Batch, draw_batch, draw_visual_idx, load_training_set
 from specprune_ros.train.export import export
-from specprune_ros.train.losses import losses_of, patch_labels
+from specprune_ros.train.losses import losses_of, named_patches, patch_labels
 from specprune_ros.train.network import AuxiliaryHeads, Network, Outputs
 from specprune_ros.train.precision import reduced
 from specprune_ros.train.trainer import CHECKPOINT, CURVES, Trainer
@@ -98,6 +100,7 @@ def write_demos(folder, size: int = SIZE, task: str = 'object_shuffled/1', names
         proprio=rng.normal(0.0, 0.2, (steps, len(PROPRIO_NAMES))).astype(np.float32),
         actions=actions, executed=actions, place_names=np.array(names),
         places=rng.uniform(-0.2, 0.2, (steps, len(names), 3)).astype(np.float32),
+        pixels=rng.uniform(0, size, (frames, len(CAMERAS), len(names), 2)).astype(np.float32),
     )  # fmt: skip
     write_episode(episode_path(folder, task, 0), episode)
 
@@ -189,7 +192,14 @@ class TestData:
         assert both.layouts.asked[:, 0].all()
         assert not both.layouts.asked[:, 1].any()
         np.testing.assert_array_equal(both.demos.asked[6:], [[False, True]] * 6)
-        assert both.named.tolist() == [1, -1]
+        assert both.objects == (*NAMES, 'akita_black_bowl_1')
+        assert both.named.tolist() == [1, len(NAMES)]
+        known = np.isfinite(both.demos.pixels).all(axis=(1, 3))
+        assert known[:6].tolist() == [[True] * len(NAMES) + [False]] * 6
+        assert known[6:].tolist() == [[False] * len(NAMES) + [True]] * 6, 'no plate is asked for'
+        (bowl,) = [e.pixels[:, :, 0] for e in episodes(tmp_path / 'goal')]
+        np.testing.assert_array_equal(both.demos.pixels[6:, :, -1], bowl)
+        assert np.isnan(both.layouts.pixels[:, :, -1]).all(), 'none is in that scene'
 
     def test_the_gripper_is_libero_s(self, data):
         answers = data.demos.actions[data.demos.asked]
@@ -369,6 +379,7 @@ class TestTrainer:
         [
             ('seed', 1),
             ('token_dropout', 0.5),
+            ('token_spared', 0.5),
             ('words_weight', 2.0),
             ('precision', 'bfloat16'),
             pytest.param('optimizer', 'muon', marks=NEEDS_MUON),
@@ -481,6 +492,20 @@ def test_every_sequence_goes_without_as_many_patches(step, sequences, patches, d
     assert ((left >= 0) & (left < patches)).all()
 
 
+def test_spared_patches_go_last():
+    spared = np.zeros((3, 30), bool)
+    spared[0, :5] = spared[1, 20:29] = True
+    options = {'seed': 0, 'sequences': 3, 'patches': 30, 'dropout': 0.95, 'spared': spared}
+    for step in range(50):
+        for row, left in enumerate(draw_visual_idx(step, **options, chance=1.0).tolist()):
+            kept = spared[row, left].sum()
+            assert kept == min(len(left), spared[row].sum())
+    some = [draw_visual_idx(n, **options, chance=0.5) for n in range(400)]
+    gone = [1 - np.isin(range(30), left[0]) for left in some]
+    share = np.mean(gone, axis=0)
+    assert share[:5].mean() == pytest.approx(0.5 * share[5:].mean(), rel=0.15), 'half as often'
+
+
 def test_dropout_takes_half_of_its_share_on_the_average():
     some = [draw_visual_idx(n, seed=0, sequences=4, patches=100, dropout=0.8) for n in range(200)]
     assert np.mean([len(left[0]) for left in some]) == pytest.approx(60, abs=4)
@@ -495,6 +520,7 @@ def test_a_sequence_without_some_patches_is_the_decoder_without_their_tokens(dat
     torch.manual_seed(0)
     network = Network(dataclasses.replace(NETWORK, layers=4), proprio_dim=8, horizon=2)
     llama, patches, count = network.language_model.model, 8, 2 * 7
+    llama.config._attn_implementation = 'eager'  # which returns attentions
     images = torch.from_numpy(data.gate.images[:2])
     scene, proprio = torch.tensor([0, 1, 1]), torch.rand(3, 8)
     ids = [tuple(range(9)), tuple(range(12)), tuple(range(3, 12))]  # of two lengths
@@ -516,12 +542,13 @@ def test_a_sequence_without_some_patches_is_the_decoder_without_their_tokens(dat
                 inputs_embeds=whole[None, stays],
                 position_ids=stays.nonzero().T,
                 attention_mask=torch.zeros(1, 1, *[int(stays.sum())] * 2),  # hides nothing
-                output_hidden_states=True,
+                output_attentions=True,
             )
             prompt = slice(1 + left + 1, -1 - count)
-            early, final = theirs.hidden_states[2][0, prompt], theirs.last_hidden_state[0]
+            final = theirs.last_hidden_state[0]
+            looks = [a[0][:, prompt, 1 : 1 + left].mean(dim=(0, 1)) for a in theirs.attentions[:2]]
             close = {'atol': 1e-5, 'rtol': 1e-5}
-            torch.testing.assert_close(outputs.words[row], early.mean(dim=0), **close)
+            torch.testing.assert_close(outputs.looks[row], torch.stack(looks), **close)
             torch.testing.assert_close(outputs.visual[row], final[1 : 1 + left], **close)
             torch.testing.assert_close(outputs.stop[row], final[-1], **close)
             actions = network.action_head(final[None, -2 - count : -2]).view(2, 7)
@@ -549,14 +576,20 @@ def test_a_step_is_asked_about_the_patches_that_it_was_shown(folders, data, tmp_
     )
     for dropout in (0.0, 0.9):
         trainer = make_trainer(
-            folders, data, tmp_path / str(dropout), vision_steps=0, token_dropout=dropout
-        )
+            folders, data, tmp_path / str(dropout), vision_steps=0, token_dropout=dropout,
+            token_spared=1.0,
+        )  # fmt: skip
         real, trainer.network.forward = trainer.network.forward, forward
         trainer.heads.flag.weight.data.fill_(1.0 / NETWORK.width)
         trainer.heads.flag.bias.data.zero_()
         assert trainer.train_step()['flag'] < 1e-6
     assert seen[0] is None
     assert 1 <= seen[1].shape[1] <= 8
+    batch = batches[-1]
+    named = named_patches(patch_labels(batch.pixels, SIZE)[0][batch.scene], batch)
+    left = named.gather(1, seen[1]).sum(dim=1)
+    assert left.tolist() == named.sum(dim=1).clamp(max=seen[1].shape[1]).tolist(), 'they go last'
+    assert left.sum() > 0
 
 
 def a_question(pixels: list, named: list[int]) -> Batch:
@@ -574,39 +607,75 @@ def a_question(pixels: list, named: list[int]) -> Batch:
     )
 
 
-def words_loss(pixels: list, named: list[int], told: list[list[float]]) -> torch.Tensor:
-    """Of words that tell these places, in px."""
+def words_loss(pixels: list, named: list[int], looks: list, visual_idx=None) -> float:
+    """Of words that look at the four patches of one camera like this, in both layers."""
     batch = a_question(pixels, named)
-    heads = AuxiliaryHeads(2, objects=2, cameras=1)
-    heads.place = torch.nn.Identity()
-    words = torch.tensor(told, requires_grad=True)
+    attention = torch.tensor(looks, requires_grad=True)
+    count = attention.shape[-1]
     outputs = Outputs(
-        actions=batch.actions, stop=words, visual=torch.zeros(len(pixels), 4, 2),
-        patches=torch.zeros(len(pixels), 4, 2), words=words / SIZE,
+        actions=batch.actions, stop=torch.zeros(len(pixels), 2),
+        visual=torch.zeros(len(pixels), count, 2), patches=torch.zeros(len(pixels), 4, 2),
+        looks=attention[:, None].expand(-1, 2, -1),
     )  # fmt: skip
-    loss = losses_of(outputs, heads, batch, SIZE).words
+    heads = AuxiliaryHeads(2, objects=2)
+    if visual_idx is not None:
+        visual_idx = torch.tensor(visual_idx)
+    loss = losses_of(outputs, heads, batch, SIZE, visual_idx).words
     loss.backward()
-    assert words.grad.isfinite().all()
+    assert attention.grad.isfinite().all()
     return loss.item()
 
 
 NOWHERE = [float('nan')] * 2
+EVEN = [0.1] * 4  # what is left goes to other tokens
+# One object fills the upper left of 2 x 2 patches, the other one the lower right.
+BOTH = [[3.0, 3.0], [25.0, 25.0]]
 
 
 @pytest.mark.parametrize(
-    ('pixels', 'named', 'told', 'expected'),
+    ('pixels', 'named', 'looks', 'expected'),
     [
-        ([[[7.0, 21.0], [3.0, 3.0]]], [0], [[7.0, 21.0]], 0.0),
-        ([[[7.0, 21.0], [3.0, 3.0]]], [1], [[3.0, 3.0]], 0.0),
-        ([[[7.0, 21.0], [3.0, 3.0]]], [0], [[7.0, 7.0]], 0.5),  # a patch in y, none in x
-        ([[[7.0, 40.0], [3.0, 3.0]]], [0], [[0.0, 0.0]], 0.0),  # not in the image
-        ([[NOWHERE, NOWHERE]], [0], [[0.0, 0.0]], 0.0),  # a demonstration: unknown
-        ([[[7.0, 21.0], [3.0, 3.0]]], [-1], [[0.0, 0.0]], 0.0),  # names nothing
-        ([[[7.0, 21.0], NOWHERE], [NOWHERE, NOWHERE]], [0, 0], [[7.0, 7.0], [0.0, 0.0]], 0.5),
+        ([BOTH], [0], [[0.3, 0.0, 0.0, 0.0]], 0.0),
+        ([BOTH], [0], [EVEN], math.log(4)),
+        ([BOTH], [1], [[0.3, 0.1, 0.0, 0.2]], math.log(3)),
+        ([BOTH], [1], [[0.3, 0.0, 0.0, 0.0]], -math.log(1e-6)),
+        ([[[70.0, 3.0], [3.0, 3.0]]], [0], [EVEN], 0.0),  # not in the image
+        ([[NOWHERE, NOWHERE]], [0], [EVEN], 0.0),
+        ([BOTH, [NOWHERE, NOWHERE]], [0, 0], [EVEN, EVEN], math.log(4)),
+        ([BOTH], [0], [[0.0] * 4], -math.log(1e-6)),
     ],
 )
-def test_the_words_are_asked_where_the_named_object_is(pixels, named, told, expected):
-    assert words_loss(pixels, named, told) == pytest.approx(expected, abs=1e-5)
+def test_the_words_are_to_look_at_the_named_object(pixels, named, looks, expected):
+    assert words_loss(pixels, named, looks) == pytest.approx(expected, abs=1e-4)
+
+
+def test_every_camera_that_shows_the_named_object_counts_by_itself():
+    corner, beyond = [3.0, 3.0], [70.0, 3.0]  # px: in the first of four patches, in none
+    looks = torch.tensor([[0.2, 0.2, 0.0, 0.0, 0.01, 0.01, 0.01, 0.01]])
+
+    def loss(first: list, second: list, visual_idx: torch.Tensor | None = None) -> float:
+        pixels = torch.tensor([first, second])[None, :, None]
+        batch = dataclasses.replace(a_question([[corner]], [0]), pixels=pixels)
+        shown = looks if visual_idx is None else looks.gather(1, visual_idx)
+        outputs = Outputs(
+            actions=batch.actions, stop=torch.zeros(1, 2),
+            visual=torch.zeros(1, shown.shape[1], 2), patches=torch.zeros(1, 8, 2),
+            looks=shown[:, None].expand(-1, 2, -1),
+        )  # fmt: skip
+        heads = AuxiliaryHeads(2, objects=1)
+        return losses_of(outputs, heads, batch, SIZE, visual_idx).words.item()
+
+    half, quarter = math.log(2), math.log(4)
+    assert loss(corner, beyond) == pytest.approx(half, abs=1e-5)
+    assert loss(beyond, corner) == pytest.approx(quarter, abs=1e-5)
+    assert loss(corner, corner) == pytest.approx(0.5 * (half + quarter), abs=1e-5)
+    assert loss(corner, corner, torch.tensor([[0, 1, 4, 7]])) == pytest.approx(half, abs=1e-5)
+    assert loss(beyond, corner, torch.tensor([[0, 1, 5, 7]])) == 0.0, 'it is not there'
+
+
+def test_the_words_are_asked_about_the_patches_that_are_left():
+    assert words_loss([BOTH], [0], [[0.2, 0.2]], [[0, 3]]) == pytest.approx(math.log(2), abs=1e-4)
+    assert words_loss([BOTH], [0], [[0.2, 0.2]], [[1, 3]]) == 0.0, 'it is not there'
 
 
 def test_a_step_stays_on_its_device(data):
@@ -615,7 +684,7 @@ def test_a_step_stays_on_its_device(data):
         data, 0, seed=0, layouts=2, instructions=2, demos=1, shift_px=0, colour=0.0
     ).to(torch.device('meta'))
     network = Network(NETWORK, proprio_dim=8, horizon=8).to('meta')
-    heads = AuxiliaryHeads(NETWORK.width, len(data.objects), len(data.cameras)).to('meta')
+    heads = AuxiliaryHeads(NETWORK.width, len(data.objects)).to('meta')
     ids = [tuple(range(17)), *[tuple(range(18))] * 4]
     visual_idx = draw_visual_idx(0, seed=0, sequences=5, patches=8, dropout=0.5).to('meta')
     outputs = network(batch.images, batch.scene, batch.proprio, ids, visual_idx)

@@ -29,7 +29,7 @@ from specprune_ros.sim.workers import in_workers
 
 
 class Environment(Protocol):
-    """What a demonstration needs; LiberoEnv has it."""
+    """What acting and watching need; LiberoEnv has it."""
 
     task: SimTask
     instruction: str
@@ -45,11 +45,19 @@ class Environment(Protocol):
         """Render every camera."""
 
 
+class TaughtEnvironment(Environment, Protocol):
+    """What a demonstration needs besides: answers that a network is to learn."""
+
+    def pixels(self, names: Sequence[str]) -> np.ndarray:
+        """[V, O, 2] where places appear in these images."""
+
+
 @dataclass
 class _Log:
     """What becomes an episode."""
 
     images: list[np.ndarray] = field(default_factory=list)
+    pixels: list[np.ndarray] = field(default_factory=list)
     frame_steps: list[int] = field(default_factory=list)
     states: list[SimState] = field(default_factory=list)
     actions: list[np.ndarray] = field(default_factory=list)
@@ -73,7 +81,7 @@ class Demonstration:
     noisy: bool
 
 
-def demonstrate(env: Environment, seed: int, recipe: Recipe) -> Demonstration:
+def demonstrate(env: TaughtEnvironment, seed: int, recipe: Recipe) -> Demonstration:
     """Let the expert do a task once.
 
     Noise moves the robot, but not the labels: the expert's next actions show how to get back.
@@ -100,6 +108,7 @@ def demonstrate(env: Environment, seed: int, recipe: Recipe) -> Demonstration:
             images = env.images()
             log.frame_steps.append(state.step)
             log.images.append(np.stack([images[name] for name in recipe.cameras]))
+            log.pixels.append(env.pixels(sorted(state.places)))
         log.states.append(state)
         log.actions.append(action)
         log.executed.append(np.clip(executed, -1.0, 1.0))
@@ -127,6 +136,7 @@ def _episode(env: Environment, seed: int, recipe: Recipe, log: _Log) -> Episode:
         executed=np.array(log.executed, np.float32),
         place_names=np.array(names),
         places=np.array(places, np.float32),
+        pixels=np.array(log.pixels, np.float32),
     )
 
 

@@ -13,6 +13,7 @@ With T control steps, F frames, V cameras, P proprioceptive values and O places:
     executed         [T, 7] float32          what moved the robot: `actions` and the noise
     place_names      [O] str                 objects, and regions that goals name
     places           [T, O, 3] float32       where they were, m: for auxiliary losses, not a policy
+    pixels           [F, V, O, 2] float32    px to the right and down, where a place appears
     instruction      str
     task             str
     seed             int
@@ -32,7 +33,7 @@ import numpy as np
 
 from specprune_ros.errors import ConfigError, RecordingError
 
-FORMAT = 1
+FORMAT = 2
 RECIPE, LEDGER = 'dataset.json', 'ledger.csv'
 
 
@@ -82,6 +83,7 @@ class Episode:
     executed: np.ndarray
     place_names: np.ndarray
     places: np.ndarray
+    pixels: np.ndarray
 
     def __post_init__(self) -> None:
         steps, frames = len(self.actions), len(self.frame_steps)
@@ -93,6 +95,9 @@ class Episode:
             if len(getattr(self, name)) != count:
                 got = getattr(self, name).shape
                 raise ValueError(f'{name} has shape {got}, but there are {count} of it')
+        wanted = (frames, self.images.shape[1], len(self.place_names), 2)
+        if self.pixels.shape != wanted:
+            raise ValueError(f'pixels have shape {self.pixels.shape}, not {wanted}')
         if self.images.dtype != np.uint8:
             raise ValueError(f'images are {self.images.dtype}, not uint8')
         if frames and not 0 <= self.frame_steps.min() <= self.frame_steps.max() < steps:
@@ -211,7 +216,9 @@ def read_recipe(folder: Path) -> Recipe:
     try:
         values = json.loads((folder / RECIPE).read_text())
         if values['format'] != FORMAT:
-            raise ValueError(f'its format is {values["format"]}, this version reads {FORMAT}')
+            had = values['format']
+            why = f'its format is {had}, this version has {FORMAT}: collect it anew'
+            raise ValueError(why)
         lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
         return Recipe(**{**values, **lists})
     except (OSError, ValueError, TypeError, KeyError) as error:

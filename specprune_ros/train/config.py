@@ -106,13 +106,20 @@ class FitConfig:
         low=0.0,
         high=0.95,
     )
+    token_spared: float = setting(
+        0.0,
+        'chance that a patch which shows the named object goes last, drawn for each of them in '
+        'every step: at 1 the background alone is missing, as long as there is any',
+        low=0.0,
+        high=1.0,
+    )
     target_weight: float = setting(1.0, 'weight of the named object, where it is', low=0.0)
     flag_weight: float = setting(1.0, 'weight of the named object, in which patches', low=0.0)
     patch_weight: float = setting(0.3, 'weight of which object is in a patch', low=0.0)
     words_weight: float = setting(
         0.0,
-        'weight of the named object, where in the images, asked of the words after two layers: '
-        'static pruning trusts what they look at there',
+        "weight of the prompt's attention in the first two layers, of which static pruning takes "
+        "the instruction's: how much of what a camera gets goes to the named object",
         low=0.0,
     )
     device: str = setting('cpu', "'cpu', 'cuda', or auto: cuda where there is one")

@@ -60,7 +60,7 @@ class TrainingSet:
         tasks: K names.
         instructions: K sentences.
         objects: O names of what `pixels` tells.
-        named: [K] index in `objects` of what an instruction names; -1 where it is none.
+        named: [K] index in `objects` of what an instruction names.
         cameras: V names.
         demos, layouts, gate: frames.
         action_bounds, proprio_bounds: normalisation, from demos and layouts.
@@ -136,7 +136,7 @@ class _Reader:
             raise ConfigError('data.proprio', unknown, f'the data have {list(self.names)}')
         self.columns = [self.names.index(name) for name in config.proprio]
         self.objects: tuple[str, ...] = ()
-        self.named = np.full(len(config.tasks), -1)
+        self.named = np.zeros(len(config.tasks), int)
         self.instructions = tuple(_instruction(name) for name in config.tasks)
 
     def _check(self, field: str, folder: str, recipe: object) -> None:
@@ -153,10 +153,11 @@ class _Reader:
         if not shards:
             raise ConfigError('data.layouts', folder, 'holds no scene')
         names = shards[0].place_names.tolist()
-        self.objects = tuple(names)
-        self.named = np.array(
-            [names.index(s.pick) if s.pick in names else -1 for s in self.skills]
-        )
+        if not self.objects:
+            # What other scenes have is asked about in demonstrations alone.
+            others = dict.fromkeys(s.pick for s in self.skills if s.pick not in names)
+            self.objects = (*names, *others)
+            self.named = np.array([self.objects.index(s.pick) for s in self.skills])
         hand = [self.names.index(f'eef_{axis}') for axis in 'xyz']
         done = []
         for shard in shards:
@@ -165,7 +166,7 @@ class _Reader:
                 Frames(
                     images=shard.images,
                     proprio=shard.proprio[:, self.columns],
-                    pixels=shard.pixels,
+                    pixels=self._pixels(shard.pixels, names),
                     **frames,
                 )
             )
@@ -185,6 +186,15 @@ class _Reader:
                 answers['asked'][:, index] = True
         return answers
 
+    def _pixels(self, seen: np.ndarray, names: list[str]) -> np.ndarray:
+        """[F, V, O, 2] of all objects, of [F, V, O', 2] of these."""
+        unknown = np.full(seen.shape[-1], np.nan, np.float32)
+        columns = [names.index(name) if name in names else -1 for name in self.objects]
+        return np.stack(
+            [seen[:, :, at] if at >= 0 else np.broadcast_to(unknown, seen[:, :, 0].shape)
+             for at in columns], axis=2,
+        )  # fmt: skip
+
     def _unasked(self, count: int) -> dict[str, np.ndarray]:
         shape = (count, len(self.skills))
         return {
@@ -197,12 +207,10 @@ class _Reader:
         """An episode's frames; None for a task that is not learnt."""
         if episode.task not in self.config.tasks:
             return None
-        steps, count = episode.frame_steps, len(episode.frame_steps)
-        pixels = np.full((count, len(self.cameras), len(self.objects), 2), np.nan, np.float32)
         return Frames(
             images=episode.images,
-            proprio=episode.proprio[steps][:, self.columns],
-            pixels=pixels,
+            proprio=episode.proprio[episode.frame_steps][:, self.columns],
+            pixels=self._pixels(episode.pixels, episode.place_names.tolist()),
             **self._answers(episode),
         )
 
@@ -283,7 +291,7 @@ class Batch:
         proprio: [B, P] normalised.
         actions: [B, L, 7] normalised answer.
         target: [B, 3] answer in TARGET_UNIT_M.
-        named: [B] index of the object that the instruction names; -1 where it is none.
+        named: [B] index of the object that the instruction names.
     """
 
     images: Tensor
@@ -388,7 +396,14 @@ def draw_batch(
 
 
 def draw_visual_idx(
-    step: int, *, seed: int, sequences: int, patches: int, dropout: float
+    step: int,
+    *,
+    seed: int,
+    sequences: int,
+    patches: int,
+    dropout: float,
+    spared: np.ndarray | None = None,
+    chance: float = 0.0,
 ) -> Tensor:
     """Which patches the sequences of one step have: as many each, every one its own.
 
@@ -398,11 +413,16 @@ def draw_visual_idx(
         sequences: B.
         patches: V*N.
         dropout: largest share of them that goes; how much does is drawn anew for every step.
+        spared: [B, V*N] bool, patches that go last with a chance of `chance`; None: none do.
+        chance: of each of them.
 
     Returns:
         [B, K] int64, ascending; at least one.
     """
     rng = np.random.default_rng((seed, step, 1))  # apart from the draw of the batch itself
     count = max(1, round(patches * (1 - rng.uniform(0.0, dropout))))
-    order = rng.random((sequences, patches)).argsort(axis=1)
+    order = rng.random((sequences, patches))
+    if spared is not None:
+        order -= spared & (rng.random(order.shape) < chance)
+    order = order.argsort(axis=1)
     return torch.from_numpy(np.sort(order[:, :count], axis=1))

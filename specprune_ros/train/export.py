@@ -189,6 +189,7 @@ def model_card(trainer: Trainer, gate: Gate, size: int) -> str:
         precision=config.fit.precision,
         optimizer=config.fit.optimizer,
         dropout=config.fit.token_dropout,
+        spared=config.fit.token_spared,
         batch=config.fit.layout_images * config.fit.layout_instructions + config.fit.demo_frames,
         held_out=min(config.fit.gate_scenes, len(data.gate)),
         nearest=gate.nearest,
@@ -217,6 +218,7 @@ It knows these instructions, and nothing else:
 | training | {done}, batch {batch}, seed {seed}, {hours:.1f} h on {device}, {threads} thread(s) |
 | arithmetic | {precision}, {optimizer} |
 | tokens missing in training | up to {dropout:.0%} of the patches, another share in every step |
+| of them, go last | patches that show the named object, with a chance of {spared:.0%} |
 | held-out scenes | {held_out}: told the right object in {nearest:.0%}, off by {error:.0f} mm |
 | heading | off by {heading:.0f} degrees (median) |
 | gate (98 %, 10 mm) | {verdict} |

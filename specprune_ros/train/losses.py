@@ -13,6 +13,7 @@ from specprune_ros.train.config import PATCH, FitConfig
 from specprune_ros.train.data import Batch
 from specprune_ros.train.network import AuxiliaryHeads, Outputs
 
+LEAST = 1e-6  # share of the attention that a logarithm takes
 # Rotations are corrections of a few degrees; normalised, they would weigh as much as the way.
 ACTION_WEIGHTS = (1.0, 1.0, 1.0, 0.2, 0.2, 0.2, 1.0)
 
@@ -26,8 +27,8 @@ class Losses:
         target: L1 of the named object's place, in TARGET_UNIT_M.
         flag: cross entropy of 'this patch shows the named object'.
         patch: cross entropy of what a patch shows, and L1 of where in it, in patches.
-        words: L1 of where in every image the named object is, as the words know it early on, in
-            patches.
+        words: of the attention that goes from the prompt to a camera early on, how much goes to
+            the patches that show the named object: minus the logarithm of that share.
     """
 
     action: Tensor
@@ -66,12 +67,16 @@ def losses_of(
     weights = torch.tensor(ACTION_WEIGHTS, device=batch.actions.device)
     error = (outputs.actions - batch.actions).abs() @ weights / weights.sum()
     kind, offset = patch_labels(batch.pixels, size)
+    shown, camera = kind[batch.scene], _cameras(batch, size)
+    if visual_idx is not None:
+        shown, camera = shown.gather(1, visual_idx), camera[visual_idx]
+    wanted = named_patches(shown, batch)
     return Losses(
         action=error.mean(),
         target=(heads.target(outputs.stop) - batch.target).abs().mean(),
-        flag=_flag_loss(heads.flag(outputs.visual)[..., 0], kind[batch.scene], batch, visual_idx),
+        flag=_flag_loss(heads.flag(outputs.visual)[..., 0], wanted, known=shown >= 0),
         patch=patch_loss(outputs.patches, heads, kind, offset),
-        words=_words_loss(heads.place(outputs.words), batch, size),
+        words=_words_loss(outputs.looks, wanted, camera),
     )
 
 
@@ -113,21 +118,33 @@ def patch_labels(pixels: Tensor, size: int) -> tuple[Tensor, Tensor]:
     return kind.flatten(1), offset.flatten(1, 2)
 
 
-def _flag_loss(logits: Tensor, kind: Tensor, batch: Batch, visual_idx: Tensor | None) -> Tensor:
+def named_patches(kind: Tensor, batch: Batch) -> Tensor:
+    """[B, K] bool, which of the patches [B, K] of these kinds show what their question names."""
+    return kind == batch.named[:, None] + 1
+
+
+def _cameras(batch: Batch, size: int) -> Tensor:
+    """[V*N, V] float, one-hot, which camera a patch belongs to."""
+    cameras, patches = batch.pixels.shape[1], (size // PATCH) ** 2
+    return torch.eye(cameras, device=batch.pixels.device).repeat_interleave(patches, dim=0)
+
+
+def _flag_loss(logits: Tensor, wanted: Tensor, known: Tensor) -> Tensor:
     """Binary cross entropy over the patches of which something is known."""
-    if visual_idx is not None:
-        kind = kind.gather(1, visual_idx)
-    known = (kind >= 0) & (batch.named >= 0)[:, None]
-    wanted = (kind == batch.named[:, None] + 1).float()
+    wanted = wanted.float()
     loss = F.binary_cross_entropy_with_logits(logits, wanted, reduction='none')
     return (loss * known).sum() / known.sum().clamp(min=1)
 
 
-def _words_loss(told: Tensor, batch: Batch, size: int) -> Tensor:
-    """L1 in the images that show the named object; told [B, V*2] in image widths."""
-    place = batch.pixels[batch.scene] / size  # [B, V, O, 2]
-    index = batch.named.clamp(min=0)[:, None, None, None].expand(-1, place.shape[1], 1, 2)
-    place = place.gather(2, index)[:, :, 0]
-    shown = ((place > 0) & (place < 1)).all(dim=-1) & (batch.named >= 0)[:, None]
-    off = (told.view_as(place) - place.nan_to_num()).abs().mean(dim=-1) * (size / PATCH)
-    return (off * shown).sum() / shown.sum().clamp(min=1)
+def _words_loss(looks: Tensor, wanted: Tensor, camera: Tensor) -> Tensor:
+    """Mean over layers, and over the cameras that show the named object.
+
+    Args:
+        looks: [B, layers, K] attention to the patches that were shown.
+        wanted: [B, K] which of them show the named object.
+        camera: [B, K, V] one-hot, whose they are; or [K, V], of all sequences.
+    """
+    everywhere, there = looks @ camera, (looks * wanted[:, None]) @ camera  # [B, layers, V]
+    share = (there / everywhere.clamp(min=LEAST)).clamp(min=LEAST)
+    shown = (wanted[:, None].float() @ camera > 0).expand_as(share)
+    return -(share.log() * shown).sum() / shown.sum().clamp(min=1)

@@ -1,8 +1,8 @@
 """The served model's own modules, and their forward over a batch.
 
 Serving decodes one sequence, and drops visual tokens on the way (models/decoder.py). Training
-needs many at once; tokens that `visual_idx` leaves out are missing from the first layer on, so
-that the words, too, are asked over what is left. A test compares the two.
+needs many at once; tokens that `visual_idx` leaves out are missing from the first layer on. A test
+compares the two.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ from specprune_ros.models.llama import make_llama
 from specprune_ros.models.openvla_folder import LLAMA_7B, MLP_RATIOS
 from specprune_ros.models.openvla_oft import Projector, ProprioProjector, VisionBackbone
 from specprune_ros.models.vit import TowerConfig
+from specprune_ros.pruning.budget import STATIC_LAYER
 from specprune_ros.train.config import NetworkConfig
 
 ACTION_DIM = 7
 REGISTERS = 4
-WORDS_LAYER = 2  # by then the words are asked where in the images they are
+WORDS_LAYERS = STATIC_LAYER  # in which it matters what the words look at: pruning goes by them
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,14 +40,15 @@ class Outputs:
         stop: [B, C] final hidden state of the stop token, which no action is read from.
         visual: [B, K, C] final hidden states of the patches that were shown.
         patches: [I, V*N, C] what the projector makes of them.
-        words: [B, C] hidden states of the prompt after WORDS_LAYER, their mean.
+        looks: [B, WORDS_LAYERS, K] attention of the prompt's tokens to the patches that were
+            shown, mean over tokens and heads.
     """
 
     actions: Tensor
     stop: Tensor
     visual: Tensor
     patches: Tensor
-    words: Tensor
+    looks: Tensor
 
     def float(self) -> Outputs:
         """The same in float32, for losses."""
@@ -125,8 +127,8 @@ class Network(nn.Module):
             parts.append(self._decode(patches[scene[batch]], state[batch], text, left))
             order.append(batch)
         back = torch.cat(order).argsort()
-        actions, stop, visual, words = (torch.cat(part)[back] for part in zip(*parts, strict=True))
-        return Outputs(actions, stop, visual, patches, words)
+        actions, stop, visual, looks = (torch.cat(part)[back] for part in zip(*parts, strict=True))
+        return Outputs(actions, stop, visual, patches, looks)
 
     def _decode(
         self, patches: Tensor, state: Tensor, ids: Tensor, visual_idx: Tensor | None
@@ -149,39 +151,54 @@ class Network(nn.Module):
             pos_idx = torch.cat((pos_idx[:, :1], 1 + visual_idx, behind), dim=1)
             hidden = hidden.gather(1, pos_idx[..., None].expand(-1, -1, hidden.shape[-1]))
             rotary = Rotary(rotary.cos[pos_idx][:, None], rotary.sin[pos_idx][:, None])
-        hidden, early = decode_batch(decoder, hidden, rotary)
+        prompt = slice(2 + left, -1 - count)  # behind patches and proprioception
+        hidden, looks = decode_batch(decoder, hidden, rotary, prompt)
         head = hidden[:, -2 - count : -2]  # from the last prompt token on
         actions = self.action_head(head).unflatten(0, (len(text), self.horizon))
-        words = early[:, 2 + left : -1 - count].mean(dim=1)  # behind patches and proprioception
-        return actions, hidden[:, -1], hidden[:, 1 : 1 + left], words
+        return actions, hidden[:, -1], hidden[:, 1 : 1 + left], looks[..., 1 : 1 + left]
 
 
-def decode_batch(decoder: Decoder, hidden: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
+def decode_batch(
+    decoder: Decoder, hidden: Tensor, rotary: Rotary, prompt: slice
+) -> tuple[Tensor, Tensor]:
     """Every token sees every token.
 
     Args:
         decoder: of the language model.
         hidden: [B, K, C] embeddings.
         rotary: of their places in the whole sequence: a token keeps its own when others go.
+        prompt: which tokens are the prompt's.
 
     Returns:
-        [B, K, C] final hidden states, and [B, K, C] those after WORDS_LAYER.
+        [B, K, C] final hidden states; [B, WORDS_LAYERS, K] attention of the prompt's tokens to all
+        tokens, mean over tokens and heads.
     """
-    early = hidden
+    looks = []
     for number, layer in enumerate(decoder.layers, 1):
-        hidden = _layer(layer, hidden, rotary, decoder.head_dim)
-        early = hidden if number <= WORDS_LAYER else early
-    return _rms_norm(hidden, decoder.norm), early
+        query, key, value = _heads(layer, hidden, rotary, decoder.head_dim)
+        if number <= WORDS_LAYERS:
+            scores = query[:, :, prompt] * decoder.head_dim**-0.5 @ key.transpose(-1, -2)
+            looks.append(scores.float().softmax(dim=-1).mean(dim=(1, 2)))
+        hidden = _layer(layer, hidden, _attend(query, key, value))
+    return _rms_norm(hidden, decoder.norm), torch.stack(looks, dim=1)
 
 
-def _layer(layer: nn.Module, hidden: Tensor, rotary: Rotary, head_dim: int) -> Tensor:
-    attention, mlp = layer.self_attn, layer.mlp
+def _heads(
+    layer: nn.Module, hidden: Tensor, rotary: Rotary, head_dim: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values, [B, H, K, D] each."""
+    attention = layer.self_attn
     # One product of three: a narrow layer's time goes into calls.
     weight = torch.cat([p.weight for p in (attention.q_proj, attention.k_proj, attention.v_proj)])
     heads = F.linear(_rms_norm(hidden, layer.input_layernorm), weight)
     query, key, value = heads.unflatten(-1, (-1, head_dim)).transpose(1, 2).chunk(3, dim=1)
-    mixed = _attend(rotary(query), rotary(key), value)
-    hidden = hidden + attention.o_proj(mixed.transpose(1, 2).flatten(2))
+    return rotary(query), rotary(key), value
+
+
+def _layer(layer: nn.Module, hidden: Tensor, mixed: Tensor) -> Tensor:
+    """A layer's output, of what its attention mixed."""
+    mlp = layer.mlp
+    hidden = hidden + layer.self_attn.o_proj(mixed.transpose(1, 2).flatten(2))
     weight = torch.cat((mlp.gate_proj.weight, mlp.up_proj.weight))
     normed = _rms_norm(hidden, layer.post_attention_layernorm)
     gate, up = F.linear(normed, weight).chunk(2, dim=-1)
@@ -237,14 +254,12 @@ class AuxiliaryHeads(nn.Module):
     Args:
         width: C.
         objects: O, what a patch may show.
-        cameras: V.
     """
 
-    def __init__(self, width: int, objects: int, cameras: int):
+    def __init__(self, width: int, objects: int):
         super().__init__()
         self.kind = nn.Linear(width, objects + 1)
         self.offset = nn.Linear(width, 2)
         self.flag = nn.Linear(width, 1)
         self.target = nn.Linear(width, 3)
-        self.place = nn.Sequential(nn.RMSNorm(width), nn.Linear(width, 2 * cameras))
         nn.init.constant_(self.flag.bias, -math.log(100.0))  # about one patch in a hundred

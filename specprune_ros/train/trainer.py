@@ -20,10 +20,10 @@ from specprune_ros.errors import CheckpointError, ConfigError
 from specprune_ros.models import pick_device
 from specprune_ros.models.tokenizer import LlamaTokenizer
 from specprune_ros.sim.tasks import WITHHELD
-from specprune_ros.train.config import PATCH, FitConfig, TrainConfig
+from specprune_ros.train.config import FitConfig, TrainConfig
 from specprune_ros.train.data import TrainingSet, draw_batch, draw_visual_idx
 from specprune_ros.train.gate import Gate, measure
-from specprune_ros.train.losses import losses_of, patch_labels, patch_loss
+from specprune_ros.train.losses import losses_of, named_patches, patch_labels, patch_loss
 from specprune_ros.train.network import AuxiliaryHeads, Network
 from specprune_ros.train.precision import reduced
 from specprune_ros.train.vocabulary import write_tokenizer
@@ -67,7 +67,7 @@ class Trainer:
         self.network = Network(
             config.network, proprio_dim=len(config.data.proprio), horizon=config.data.horizon
         )
-        self.heads = AuxiliaryHeads(config.network.width, len(data.objects), len(data.cameras))
+        self.heads = AuxiliaryHeads(config.network.width, len(data.objects))
         self.device = pick_device(fit.device)
         for module in (self.network, self.heads):
             module.to(self.device)
@@ -160,9 +160,11 @@ class Trainer:
         batch = batch.to(self.device)
         size, visual_idx = self.config.network.image_size, None
         if fit.token_dropout:
+            kind = patch_labels(batch.pixels, size)[0][batch.scene]
             visual_idx = draw_visual_idx(
                 self.step, seed=fit.seed, sequences=len(ids), dropout=fit.token_dropout,
-                patches=batch.images.shape[1] * (size // PATCH) ** 2,
+                patches=kind.shape[1], spared=named_patches(kind, batch).cpu().numpy(),
+                chance=fit.token_spared,
             ).to(self.device)  # fmt: skip
         with reduced(self.device, fit.precision):
             outputs = self.network(batch.images, batch.scene, batch.proprio, ids, visual_idx)
