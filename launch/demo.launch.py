@@ -26,7 +26,7 @@ from specprune_ros.shipped import EMBEDDED
 SHARE = get_package_share_directory('specprune_ros')
 ARGUMENTS = {
     'task': ('object_shuffled/1', 'what to do, <suite>/<index>'),
-    'seed': ('0', 'of the first episode'),
+    'seed': ('1', 'of the first episode'),
     'episodes': ('1', 'how many; the launch ends after them'),
     'rate': ('1.0', 'simulated seconds per second, at most'),
     'pruning': ('specprune', 'a file of config/pruning, or a path'),

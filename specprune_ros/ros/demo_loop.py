@@ -243,7 +243,7 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point."""
     parser = argparse.ArgumentParser(prog='demo.sh', description=__doc__.splitlines()[0])
     parser.add_argument('--task', default='object_shuffled/1', help='what to do')
-    parser.add_argument('--seed', type=int, default=0, help='of the first episode')
+    parser.add_argument('--seed', type=int, default=1, help='of the first episode')
     parser.add_argument('--episodes', type=int, default=1, help='how many')
     parser.add_argument('--rate', type=float, default=1.0, help='simulated seconds per second')
     parser.add_argument('--out', type=Path, default=Path('out'), help='output folder')
