@@ -155,16 +155,20 @@ def test_a_command_that_had_no_effect_yet_counts_as_executed():
     assert np.allclose(np.diff(positions(world.commands), axis=0), 0.01)
 
 
+def stop_for_a_moment(world: World) -> None:
+    world.order('pause', True)
+    world.order('pause', False)
+    world.now += DT // 2
+    world.refresh()
+
+
 @pytest.mark.parametrize('latency', [1, 4, 7])
 def test_a_stop_overtakes_the_commands_that_are_on_their_way(latency):
     """Bug: the first chunk after it began with a later row, as if they had still had an effect."""
     world = World(stream__command_latency_s=latency * DT / 1e9)
     world.put(ramp(0.01))
     world.tick(5)
-    world.order('pause', True)
-    world.order('pause', False)
-    world.now += DT // 2
-    world.refresh()
+    stop_for_a_moment(world)
     assert world.put(ramp(0.01))
     world.tick()
     assert steps(world.commands)[-1] == (2, 0)
@@ -190,10 +194,7 @@ def test_after_a_stop_the_first_row_is_in_reach_of_the_measured_state():
     )
     world.put(ramp(0.01))
     world.tick(5)
-    world.order('pause', True)
-    world.order('pause', False)
-    world.now += DT // 2
-    world.refresh()
+    stop_for_a_moment(world)
     assert world.put(ramp(0.01)), world.messages
 
 
@@ -213,10 +214,40 @@ def test_rows_on_their_way_count_again_after_a_stop():
     assert steps(world.commands)[-2:] == [(2, 3), (3, 2)]
 
 
-def test_a_latency_as_long_as_a_chunk_is_refused():
-    with pytest.raises(ConfigError, match=r'stream\.command_latency_s'):
-        World(stream__command_latency_s=HORIZON * DT / 1e9)
-    World(stream__command_latency_s=(HORIZON - 1) * DT / 1e9)
+def test_a_stop_does_not_undo_what_had_its_effect():
+    """Bug: a chunk that came late began with the row that had been executed before it starved."""
+    world = World(stream__command_latency_s=DT / 1e9)
+    world.put(ramp(0.01))
+    world.tick(8)
+    observed = world.now + DT // 2
+    world.tick(3)
+    assert world.safeties[-1].reason == 'starved'
+    assert world.put(ramp(0.01), observation_stamp_ns=observed)
+    world.tick()
+    assert steps(world.commands)[-1] == (2, 1)
+
+
+def test_where_no_stop_is_sent_what_is_on_its_way_goes_on():
+    world = World(stream__command_latency_s=4 * DT / 1e9, stream__on_stall='none')
+    world.put(ramp(0.01))
+    world.tick(5)
+    stop_for_a_moment(world)
+    assert world.put(ramp(0.01))
+    world.tick()
+    assert steps(world.commands)[-1] == (2, 4)
+
+
+@pytest.mark.parametrize('dt_s', [0.05, 0.1, 0.3])
+def test_a_latency_as_long_as_a_chunk_is_refused(dt_s):
+    for horizon in (1, 3, 6, 7, 8):
+        changes = {'robot__step_dt_s': dt_s, 'robot__horizon': horizon}
+        for rows in (horizon, horizon - 0.5):
+            latency_s = rows * dt_s
+            if latency_s <= 1.0:
+                with pytest.raises(ConfigError, match=r'stream\.command_latency_s'):
+                    World(stream__command_latency_s=latency_s, **changes)
+        if (horizon - 1) * dt_s <= 1.0:
+            World(stream__command_latency_s=(horizon - 1) * dt_s, **changes)
 
 
 def test_rows_are_dropped_for_executed_steps_not_for_time():

@@ -379,7 +379,6 @@ class TestTrainer:
         [
             ('seed', 1),
             ('token_dropout', 0.5),
-            ('token_spared', 0.5),
             ('words_weight', 2.0),
             ('precision', 'bfloat16'),
             pytest.param('optimizer', 'muon', marks=NEEDS_MUON),
@@ -492,6 +491,12 @@ def test_every_sequence_goes_without_as_many_patches(step, sequences, patches, d
     assert ((left >= 0) & (left < patches)).all()
 
 
+def test_what_is_spared_needs_a_dropout():
+    with pytest.raises(ConfigError, match=r'fit\.token_spared = 0.5'):
+        FitConfig(token_spared=0.5)
+    FitConfig(token_spared=0.5, token_dropout=0.1)
+
+
 def test_spared_patches_go_last():
     spared = np.zeros((3, 30), bool)
     spared[0, :5] = spared[1, 20:29] = True
@@ -577,7 +582,7 @@ def test_a_step_is_asked_about_the_patches_that_it_was_shown(folders, data, tmp_
     for dropout in (0.0, 0.9):
         trainer = make_trainer(
             folders, data, tmp_path / str(dropout), vision_steps=0, token_dropout=dropout,
-            token_spared=1.0,
+            token_spared=float(dropout > 0),
         )  # fmt: skip
         real, trainer.network.forward = trainer.network.forward, forward
         trainer.heads.flag.weight.data.fill_(1.0 / NETWORK.width)

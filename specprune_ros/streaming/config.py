@@ -227,9 +227,10 @@ class StreamerConfig:
         )
 
     def _check_latency(self) -> None:
-        latency_s, robot = self.stream.command_latency_s, self.robot
-        if latency_s >= (chunk_s := robot.horizon * robot.step_dt_s):
-            why = f'is as long as a chunk, {chunk_s:g} s: no row of it would be left'
+        latency_s = self.stream.command_latency_s
+        limit_s = (self.robot.horizon - 1) * self.robot.step_dt_s
+        if latency_s > limit_s + 1e-9:  # a sum of periods is not exact
+            why = f'is beyond {limit_s:g} s, the last row of a chunk: none would be left'
             raise ConfigError('stream.command_latency_s', latency_s, why)
 
     def _check_limits(self) -> None:

@@ -71,9 +71,13 @@ class ChunkPlayer:
         self.commands = 0
         self.clamped = np.zeros(len(robot.action_names), np.uint64)
 
-    def interrupt(self) -> None:
-        """Drop the chunks; the next command starts from the measured state."""
-        self.queue.flush()
+    def interrupt(self, stopped_ns: int | None = None) -> None:
+        """Drop the chunks; the next command starts from the measured state.
+
+        Args:
+            stopped_ns: when something was sent that stops the arm; None: nothing was.
+        """
+        self.queue.flush(stopped_ns)
         self._commanded, self._gripped = None, None
 
     def forget(self) -> None:

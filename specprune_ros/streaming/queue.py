@@ -89,7 +89,6 @@ class ChunkQueue:
         self._unblended = unblended
         self._chunks: list[QueuedChunk] = []
         self._executed_ns: deque[int] = deque(maxlen=horizon)  # when commands were sent
-        self._stopped_ns: int | None = None  # when the last one was that a stop has overtaken
 
     @property
     def newest(self) -> QueuedChunk | None:
@@ -102,27 +101,26 @@ class ChunkQueue:
         started = [queued for queued in self._chunks if queued.started]
         return started[-1] if started else self.newest
 
-    def flush(self) -> None:
-        """Drop all chunks, as at a stop, which overtakes what is on its way.
+    def flush(self, stopped_ns: int | None = None) -> None:
+        """Drop all chunks; what was executed stays known.
 
-        What was executed stays known.
+        Args:
+            stopped_ns: when a stop was sent: it overtakes the commands that had no effect by then;
+                None: none was.
         """
         self._chunks.clear()
-        if self._executed_ns:
-            self._stopped_ns = self._executed_ns[-1]
+        if stopped_ns is not None:
+            had_effect = [t for t in self._executed_ns if t <= stopped_ns - self._latency_ns]
+            self._executed_ns = deque(had_effect, maxlen=self._executed_ns.maxlen)
 
     def forget(self) -> None:
         """Drop all chunks and what was executed."""
         self._chunks.clear()
         self._executed_ns.clear()
-        self._stopped_ns = None
 
     def aligned(self, chunk: ActionChunk, rows: np.ndarray) -> QueuedChunk:
         """A chunk with the rows marked as done whose effect its observation does not show."""
-        seen_ns = chunk.observation_stamp_ns
-        shown_ns = seen_ns - self._latency_ns
-        if self._stopped_ns is not None:
-            shown_ns = max(shown_ns, min(seen_ns, self._stopped_ns))
+        shown_ns = chunk.observation_stamp_ns - self._latency_ns
         done = sum(stamp > shown_ns for stamp in self._executed_ns)
         queued = QueuedChunk(chunk, rows)
         if done:

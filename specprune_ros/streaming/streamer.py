@@ -313,10 +313,13 @@ class Streamer:
     def _halt(self, reason: str) -> list[Output]:
         """End streaming: its safety output, or one that no call has returned yet."""
         outputs, self._pending = self._pending, []
+        stopped_ns = None
         if self.state == StreamState.STREAMING:
-            outputs.append(self._player.safety(reason, self._now_ns))
+            safety = self._player.safety(reason, self._now_ns)
+            outputs.append(safety)
+            stopped_ns = None if safety.target is None else self._now_ns
         if self._player:
-            self._player.interrupt()
+            self._player.interrupt(stopped_ns)
         self._phase = StreamState.WAITING
         return outputs
 

@@ -109,7 +109,7 @@ class FitConfig:
     token_spared: float = setting(
         0.0,
         'chance that a patch which shows the named object goes last, drawn for each of them in '
-        'every step: at 1 the background alone is missing, as long as there is any',
+        'every step: at 1 all others are missing first',
         low=0.0,
         high=1.0,
     )
@@ -135,6 +135,8 @@ class FitConfig:
 
     def __post_init__(self) -> None:
         check_fields('fit', self)
+        if self.token_spared and not self.token_dropout:
+            raise ConfigError('fit.token_spared', self.token_spared, 'needs fit.token_dropout')
         for step in self.keep:
             if step % self.gate_every:
                 why = f'{step} is no multiple of fit.gate_every = {self.gate_every}'

@@ -28,7 +28,7 @@ from specprune_ros.train.config import NetworkConfig
 
 ACTION_DIM = 7
 REGISTERS = 4
-WORDS_LAYERS = STATIC_LAYER  # in which it matters what the words look at: pruning goes by them
+WORDS_LAYERS = STATIC_LAYER  # in which it matters what the words look at: V_local goes by it
 
 
 @dataclass(frozen=True, eq=False)
