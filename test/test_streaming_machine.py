@@ -62,7 +62,7 @@ class Machine(RuleBasedStateMachine):
         self.streamer = Streamer(config, lambda code, message: self.faults.append(code))
         self.now, self.epoch, self.running = T0, 1, True
         self.chunks: dict[int, ActionChunk] = {}
-        self.at = np.zeros(3)
+        self.at, self.measured_ns = np.zeros(3), T0
         self.before: np.ndarray | None = None
         self.executed: set[tuple[int, int]] = set()
         self.silent = True  # a safety output, or nothing, was the last to go out
@@ -79,6 +79,7 @@ class Machine(RuleBasedStateMachine):
             self.check(output)
 
     def measure(self, stamp_ns: int) -> None:
+        self.measured_ns = stamp_ns
         self.streamer.put_joints(stamp_ns, JOINTS, self.at, self.now)
         self.streamer.put_pose(stamp_ns, self.at, (0, 0, 0, 1), self.now)
 
@@ -170,7 +171,8 @@ class Machine(RuleBasedStateMachine):
             self.at = self.at + by
             self.measure(self.now)
         elif kind == 'late':
-            self.streamer.put_joints(self.now - DT, JOINTS, self.at + by, self.now)
+            stamp_ns = min(self.now, self.measured_ns) - DT
+            self.streamer.put_joints(stamp_ns, JOINTS, self.at + by, self.now)
         else:
             self.streamer.put_joints(self.now, JOINTS, (0.0, value, 0.0), self.now)
             self.streamer.put_pose(self.now, (0.0, value, 0.0), (0, 0, 0, 1), self.now)
