@@ -65,6 +65,7 @@ class Machine(RuleBasedStateMachine):
         self.at, self.measured_ns = np.zeros(3), T0
         self.before: np.ndarray | None = None
         self.executed: set[tuple[int, int]] = set()
+        self.sent_ns: list[int] = []  # commands since the last safety output
         self.silent = True  # a safety output, or nothing, was the last to go out
         self.streamed = False  # the state was STREAMING after the last call
 
@@ -207,7 +208,7 @@ class Machine(RuleBasedStateMachine):
             self.silent, self.streamed = True, False
             self.check_safe(output.target)
             self.check_rest(output)
-            self.before = None
+            self.before, self.sent_ns = None, []
             return
         assert isinstance(output, Command)
         assert self.streamer.state == StreamState.STREAMING
@@ -225,6 +226,10 @@ class Machine(RuleBasedStateMachine):
         assert (executed.chunk_id, executed.step) not in self.executed
         self.executed.add((executed.chunk_id, executed.step))
         assert np.isfinite(executed.data).all()
+        shown_ns = chunk.observation_stamp_ns - self.config.stream.command_latency_s * 1e9
+        unseen = sum(shown_ns < sent_ns <= chunk.stamp_ns for sent_ns in self.sent_ns)
+        assert executed.step >= unseen, 'a row that was on its way already'
+        self.sent_ns.append(self.now)
 
     def check_motion(self, command: Command) -> None:
         sent = command.target.positions
@@ -262,6 +267,12 @@ class Machine(RuleBasedStateMachine):
             assert self.silent
             assert self.streamer.queue_depth == self.streamer.chunk_id == 0
         self.streamed = state == StreamState.STREAMING
+
+
+class SlowMachine(Machine):
+    """An arm that does what it is told only four control steps later."""
+
+    changes: ClassVar = {'limits__policy': 'clamp', 'stream__command_latency_s': 4 * DT / 1e9}
 
 
 class DeltaMachine(Machine):
@@ -322,7 +333,7 @@ class TwistMachine(PoseMachine):
 
 QUICK = settings(max_examples=12, stateful_step_count=25, deadline=None)
 LONG = settings(max_examples=100, stateful_step_count=50, deadline=None)
-MACHINES = (Machine, ClampMachine, DeltaMachine, PoseMachine, TwistMachine)
+MACHINES = (Machine, ClampMachine, SlowMachine, DeltaMachine, PoseMachine, TwistMachine)
 
 
 def check_machine(machine: type[Machine], how: settings) -> None:

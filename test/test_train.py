@@ -625,7 +625,7 @@ def words_loss(pixels: list, named: list[int], looks: list, visual_idx=None) -> 
     heads = AuxiliaryHeads(2, objects=2)
     if visual_idx is not None:
         visual_idx = torch.tensor(visual_idx)
-    loss = losses_of(outputs, heads, batch, SIZE, visual_idx).words
+    loss = losses_of(outputs, heads, batch, patch_labels(batch.pixels, SIZE), visual_idx).words
     loss.backward()
     assert attention.grad.isfinite().all()
     return loss.item()
@@ -668,7 +668,8 @@ def test_every_camera_that_shows_the_named_object_counts_by_itself():
             looks=shown[:, None].expand(-1, 2, -1),
         )  # fmt: skip
         heads = AuxiliaryHeads(2, objects=1)
-        return losses_of(outputs, heads, batch, SIZE, visual_idx).words.item()
+        labels = patch_labels(batch.pixels, SIZE)
+        return losses_of(outputs, heads, batch, labels, visual_idx).words.item()
 
     half, quarter = math.log(2), math.log(4)
     assert loss(corner, beyond) == pytest.approx(half, abs=1e-5)
@@ -693,7 +694,8 @@ def test_a_step_stays_on_its_device(data):
     ids = [tuple(range(17)), *[tuple(range(18))] * 4]
     visual_idx = draw_visual_idx(0, seed=0, sequences=5, patches=8, dropout=0.5).to('meta')
     outputs = network(batch.images, batch.scene, batch.proprio, ids, visual_idx)
-    losses_of(outputs, heads, batch, SIZE, visual_idx).total(FIT).backward()
+    labels = patch_labels(batch.pixels, SIZE)
+    losses_of(outputs, heads, batch, labels, visual_idx).total(FIT).backward()
     assert network.projector.fc1.weight.grad.is_meta
 
 

@@ -52,7 +52,7 @@ def losses_of(
     outputs: Outputs,
     heads: AuxiliaryHeads,
     batch: Batch,
-    size: int,
+    labels: tuple[Tensor, Tensor],
     visual_idx: Tensor | None = None,
 ) -> Losses:
     """Compare what a network says with the answers.
@@ -61,13 +61,13 @@ def losses_of(
         outputs: of the batch.
         heads: of the auxiliary questions.
         batch: the answers.
-        size: of the images, px.
+        labels: of its images, from `patch_labels`.
         visual_idx: [B, K] which patches each sequence has; None for all.
     """
     weights = torch.tensor(ACTION_WEIGHTS, device=batch.actions.device)
     error = (outputs.actions - batch.actions).abs() @ weights / weights.sum()
-    kind, offset = patch_labels(batch.pixels, size)
-    shown, camera = kind[batch.scene], _cameras(batch, size)
+    kind, offset = labels
+    shown, camera = kind[batch.scene], _cameras(batch, kind.shape[1])
     if visual_idx is not None:
         shown, camera = shown.gather(1, visual_idx), camera[visual_idx]
     wanted = named_patches(shown, batch)
@@ -123,10 +123,11 @@ def named_patches(kind: Tensor, batch: Batch) -> Tensor:
     return kind == batch.named[:, None] + 1
 
 
-def _cameras(batch: Batch, size: int) -> Tensor:
+def _cameras(batch: Batch, patches: int) -> Tensor:
     """[V*N, V] float, one-hot, which camera a patch belongs to."""
-    cameras, patches = batch.pixels.shape[1], (size // PATCH) ** 2
-    return torch.eye(cameras, device=batch.pixels.device).repeat_interleave(patches, dim=0)
+    cameras = batch.pixels.shape[1]
+    each = torch.eye(cameras, device=batch.pixels.device)
+    return each.repeat_interleave(patches // cameras, dim=0)
 
 
 def _flag_loss(logits: Tensor, wanted: Tensor, known: Tensor) -> Tensor:

@@ -158,17 +158,17 @@ class Trainer:
         )  # fmt: skip
         ids = [self.prompts[index] for index in batch.instruction.tolist()]
         batch = batch.to(self.device)
-        size, visual_idx = self.config.network.image_size, None
+        labels, visual_idx = patch_labels(batch.pixels, self.config.network.image_size), None
         if fit.token_dropout:
-            kind = patch_labels(batch.pixels, size)[0][batch.scene]
+            named = named_patches(labels[0][batch.scene], batch)
             visual_idx = draw_visual_idx(
                 self.step, seed=fit.seed, sequences=len(ids), dropout=fit.token_dropout,
-                patches=kind.shape[1], spared=named_patches(kind, batch).cpu().numpy(),
+                patches=named.shape[1], spared=named.cpu().numpy() if fit.token_spared else None,
                 chance=fit.token_spared,
             ).to(self.device)  # fmt: skip
         with reduced(self.device, fit.precision):
             outputs = self.network(batch.images, batch.scene, batch.proprio, ids, visual_idx)
-        losses = losses_of(outputs.float(), self.heads, batch, size, visual_idx)
+        losses = losses_of(outputs.float(), self.heads, batch, labels, visual_idx)
         values = {f.name: getattr(losses, f.name) for f in dataclasses.fields(losses)}
         return {**values, 'total': losses.total(fit)}
 
