@@ -514,6 +514,18 @@ def test_the_lag_of_the_state_is_counted_from_the_newest_image():
     assert inbox.proprio_lag_s == 0.0
 
 
+def test_the_state_lags_until_its_last_message_has_come():
+    """Joints and the hand's pose come in messages of their own, in any order."""
+    inbox = libero_inbox((*POSE_NAMES, 'gripper'))
+    inbox.put_joints(NOW, ('gripper',), (0.04,))
+    inbox.put_pose(NOW - 50 * MS, POSITION, TURN)
+    assert inbox.proprio_lag_s == pytest.approx(0.05)
+    inbox.put_joints(NOW + 1, ('gripper',), (0.04,))
+    assert inbox.proprio_lag_s == pytest.approx(0.05), 'the pose is still of before'
+    inbox.put_pose(NOW, POSITION, TURN)
+    assert inbox.proprio_lag_s == 0.0
+
+
 def test_a_clock_set_back_does_not_silence_the_trigger():
     """Bug: the next query waited until the clock had caught up."""
     trigger = QueryTrigger(('wrist',), PERIOD)
