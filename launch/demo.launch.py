@@ -42,7 +42,6 @@ def setup(context: LaunchContext) -> list:
         'robot': EMBEDDED,
         'model': EMBEDDED,
         'pruning': value['pruning'],
-        'params_file': os.path.join(SHARE, 'config', 'demo.yaml'),
         'stream': 'twist',
         'dry_run': 'false',
         'use_sim_time': 'true',

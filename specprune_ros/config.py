@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from specprune_ros.errors import ConfigError
 from specprune_ros.types import ActionSpace
 
+MIN_QUERY_RATE_HZ = 0.05  # that is not 0
+
 
 def setting(
     default: object,
@@ -164,6 +166,11 @@ class RobotConfig:
                 raise ConfigError(
                     'robot.camera_names', name, 'must be letters, digits and _ (a topic name)'
                 )
+
+    @property
+    def chunk_validity_s(self) -> float:
+        """How long after its stamp a chunk has a row due, s: row i from i+1 to i+2 periods."""
+        return (self.horizon + 1) * self.step_dt_s
 
     def image_topics(self) -> dict[str, str]:
         """Camera name -> its image topic, without the transport."""
@@ -396,8 +403,11 @@ class RuntimeConfig:
     """When the node infers, and what it refuses."""
 
     query_rate_hz: float = setting(
-        2.5, 'inferences per second at most', low=0.05, high=200.0, unit='Hz'
-    )
+        0.0,
+        'inferences per second at most; 0: two per chunk, so that the next one comes before the '
+        'rows of the last one end',
+        low=0.0, high=200.0, unit='Hz',
+    )  # fmt: skip
     max_image_age_s: float = setting(
         0.5, 'an image older than this is stale: no inference', low=0.01, high=60.0, unit='s'
     )
@@ -449,6 +459,9 @@ class RuntimeConfig:
 
     def __post_init__(self) -> None:
         check_fields('runtime', self)
+        if 0.0 < self.query_rate_hz < MIN_QUERY_RATE_HZ:
+            why = f'must be 0, or at least {MIN_QUERY_RATE_HZ:g}'
+            raise ConfigError('runtime.query_rate_hz', self.query_rate_hz, why)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -459,6 +472,13 @@ class PolicyConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     pruning: PruneConfig = field(default_factory=PruneConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+
+    @property
+    def query_period_s(self) -> float:
+        """Between two queries at least: of `runtime.query_rate_hz`, or half of a chunk, s."""
+        if self.runtime.query_rate_hz:
+            return 1.0 / self.runtime.query_rate_hz
+        return math.ceil(self.robot.horizon / 2) * self.robot.step_dt_s
 
 
 def axes_of(kind: type) -> dict[str, type]:

@@ -424,7 +424,7 @@ class Policy:
             observation_stamp_ns=observation.stamp_ns,
             frame_id=robot.frame_id,
             step_dt_s=robot.step_dt_s,
-            valid_for_s=robot.step_dt_s * len(data),
+            valid_for_s=robot.chunk_validity_s,
             chunk_id=self._chunks,
             epoch=self._episode.epoch,
             space=ActionSpace[robot.action_space.upper()],

@@ -83,7 +83,7 @@ class FaultyPolicy:
             observation_stamp_ns=observation.stamp_ns,
             frame_id=robot.frame_id,
             step_dt_s=robot.step_dt_s,
-            valid_for_s=robot.step_dt_s * robot.horizon,
+            valid_for_s=robot.chunk_validity_s,
             chunk_id=self._chunks,
             epoch=999,  # the node's own counts
             space=2,

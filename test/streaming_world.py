@@ -95,7 +95,7 @@ class World:
         fields = {
             'stamp_ns': self.now, 'observation_stamp_ns': self.now - latency,
             'frame_id': robot.frame_id, 'step_dt_s': robot.step_dt_s,
-            'valid_for_s': robot.step_dt_s * robot.horizon, 'chunk_id': self._chunk_id,
+            'valid_for_s': robot.chunk_validity_s, 'chunk_id': self._chunk_id,
             'epoch': self.epoch, 'space': ActionSpace[robot.action_space.upper()],
             'names': robot.action_names, 'units': robot.per_action('action_units'),
             'data': data, 'normalized': data, 'clamped': 0, 'dry_run': False, 'stand_in': False,

@@ -224,6 +224,23 @@ def test_one_for_all_or_one_each():
     assert each.per_action('action_min') == tuple(range(-7, 0))
 
 
+@pytest.mark.parametrize(
+    ('rate_hz', 'horizon', 'step_dt_s', 'period_s'),
+    [(0.0, 8, 0.05, 0.2), (0.0, 25, 0.04, 0.52), (0.0, 1, 0.1, 0.1), (2.5, 8, 0.05, 0.4)],
+)
+def test_queries_come_twice_per_chunk_unless_a_rate_is_set(rate_hz, horizon, step_dt_s, period_s):
+    """Bug: at 2.5 Hz, the default, chunks of 0.4 s ended before the next one came."""
+    config = from_mapping({
+        'robot.horizon': horizon, 'robot.step_dt_s': step_dt_s, 'runtime.query_rate_hz': rate_hz,
+    })  # fmt: skip
+    assert config.query_period_s == pytest.approx(period_s)
+
+
+@pytest.mark.parametrize('rate_hz', [1e-320, 0.049])
+def test_a_rate_of_hardly_any_query_is_refused(rate_hz):
+    assert 'runtime.query_rate_hz' in refusal('runtime.query_rate_hz', rate_hz)
+
+
 # Names -----------------------------------------------------------------------------------------
 
 

@@ -299,6 +299,16 @@ def test_a_chunk_is_not_started_after_valid_for():
     assert [s.reason for s in taken.safeties] == ['chunk_stale']
 
 
+@pytest.mark.parametrize('late_ms', [0, 1, 20, 49])
+@pytest.mark.parametrize('horizon', [1, 2, HORIZON])
+def test_the_last_row_of_a_chunk_may_be_its_first(horizon, late_ms):
+    """Bug: of a model with one action per query nothing went out, unless a tick met its stamp."""
+    world = World(robot__horizon=horizon)
+    assert world.put(0.0)
+    world.tick(after=horizon * DT + late_ms * MS)
+    assert steps(world.commands) == [(1, horizon - 1)]
+
+
 @pytest.mark.parametrize('field', ['stamp_ns', 'observation_stamp_ns'])
 def test_a_chunk_from_the_future_is_refused(field):
     world = World()

@@ -36,7 +36,7 @@ from specprune_ros.ros.process import shut_down_rclpy
 from specprune_ros.runlog import RunLog
 from specprune_ros.shipped import EMBEDDED
 
-PARAMS = (f'robots/{EMBEDDED}', f'models/{EMBEDDED}', 'pruning/specprune', 'node', 'demo')
+PARAMS = (f'robots/{EMBEDDED}', f'models/{EMBEDDED}', 'pruning/specprune', 'node')
 SIZE = 112  # px, of the images that the model was trained on
 TIMEOUT_S = 90.0  # for each of the things that are waited for
 START_FACTOR = 2.0
@@ -207,7 +207,7 @@ def run(arguments: argparse.Namespace, console: Console) -> list[str]:
         raise ConfigError('--sim-python', arguments.sim_python, 'no such program')
     config = load_config(params_of(arguments))
     out = arguments.out
-    log = RunLog(out, video=True, fps=config.runtime.query_rate_hz)
+    log = RunLog(out, video=True, fps=1.0 / config.query_period_s)
     rclpy.init(args=[], signal_handler_options=SignalHandlerOptions.NO)
     processes, problems, episodes = {}, [], []
     try:

@@ -42,7 +42,7 @@ class ChunkPublisher:
 
     def __init__(self, node: Node, config: PolicyConfig, tell: Callable[[str, str], None]):
         self._node = node
-        profile = qos.chunk(config.robot.horizon * config.robot.step_dt_s)
+        profile = qos.chunk(config.robot.chunk_validity_s)
         self._chunk, self._report = (
             node.create_publisher(
                 kind, topic, quality, event_callbacks=qos.publisher_events(partial(tell, topic))

@@ -79,7 +79,7 @@ class Pipeline:
         self._frame_ids: dict[str, str] = {}
         self._inputs: Inputs | None = None
         self._timer: object | None = None
-        period_ns = round(NS / config.runtime.query_rate_hz)
+        period_ns = round(NS * config.query_period_s)
         self._state_lag_s = config.robot.step_dt_s / 2
         patience_ns = min(round(self._state_lag_s * NS), QueryTrigger.PATIENCE_NS)
         self._trigger = QueryTrigger(config.robot.camera_names, period_ns, patience_ns)
@@ -125,7 +125,7 @@ class Pipeline:
             arrived=around.health.arrived,
         )
         self._inputs = Inputs(self._node, self.config.robot, self.inbox, events, self._frame_ids)
-        poll_s = min(QUERY_POLL_S, 0.5 / self.config.runtime.query_rate_hz)
+        poll_s = min(QUERY_POLL_S, 0.5 * self.config.query_period_s)
         self._timer = self._node.create_timer(poll_s, self._on_timer)
 
     def deactivate(self) -> None:
