@@ -14,6 +14,11 @@ def shown(value: object) -> str:
     return text if len(text) <= REPR_LIMIT else text[: REPR_LIMIT - 3] + '...'
 
 
+def named(error: BaseException) -> str:
+    """Its kind and message: what others raised often says little without its kind."""
+    return f'{type(error).__name__}: {error}'
+
+
 class SpecPruneError(Exception):
     """Base of all errors that this package raises on purpose."""
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from specprune_ros.config import PruneConfig
+from specprune_ros.errors import named
 from specprune_ros.models.base import Prompt, VLAModel
 from specprune_ros.models.decoder import Decoder, QueryDecoder
 from specprune_ros.pruning.base import PruneMethod, PruneRun, PruneTrace, QueryContext
@@ -74,6 +75,7 @@ class QueryPasses:
         clock: told what took how long.
         decoder: the model's in the form in which it runs; None: as the model offers it.
         check: whether keep sets are read back and checked; None: where that costs nothing.
+        fault: what failed of pruning before the decoder: the query runs dense; or empty.
     """
 
     model: VLAModel
@@ -84,6 +86,7 @@ class QueryPasses:
     clock: StageClock
     decoder: Decoder | None = None
     check: bool | None = None
+    fault: str = ''
 
     def act(self, guard: GuardState) -> Outcome:
         """Actions with pruning, or dense when the guard or anything that fails says so.
@@ -94,15 +97,19 @@ class QueryPasses:
         check = checks_now(self.config, self.context.query, guard.overdue)
         if guard.tripped and not check:
             return self._stopped(guard)
-        try:
-            done = self._run(self.method.begin(self.context), self.config.keep_floor)
-        except Exception as error:
-            done, fallback = self._plain(), _named(error)
-        else:
-            fallback = ''
+        done, fallback = self._pruned()
         if check and done.trace.mode != Mode.DENSE:
             return self._compared(done, guard)
         return Outcome(done=done, guard=replace(guard, overdue=check), fallback=fallback)
+
+    def _pruned(self) -> tuple[Pass, str]:
+        """The method's pass; or a plain one, and why."""
+        if self.fault:
+            return self._plain(), self.fault
+        try:
+            return self._run(self.method.begin(self.context), self.config.keep_floor), ''
+        except Exception as error:
+            return self._plain(), named(error)
 
     def _stopped(self, guard: GuardState) -> Outcome:
         """Dense, until a check passes."""
@@ -114,9 +121,13 @@ class QueryPasses:
     def _compared(self, pruned: Pass, guard: GuardState) -> Outcome:
         """The dense actions, and what they and the dense pass's attention say of pruning."""
         dense = self._dense()
-        disagreement = float((pruned.actions - dense.actions).abs().mean())
-        share = kept_share(pruned.trace, dense.trace)
-        guard = after_check(guard, self.config, disagreement=disagreement, recall=share)
+        try:
+            disagreement = float((pruned.actions - dense.actions).abs().mean())
+            share = kept_share(pruned.trace, dense.trace)
+            guard = after_check(guard, self.config, disagreement=disagreement, recall=share)
+        except Exception as error:
+            done = replace(dense, memory=None)
+            return Outcome(done=done, guard=replace(guard, overdue=False), fallback=named(error))
         done = replace(pruned, actions=dense.actions)
         return Outcome(done=done, guard=guard, disagreement=disagreement, dense_passes=1)
 
@@ -125,7 +136,7 @@ class QueryPasses:
         try:
             return self._run(self.method.begin_dense(self.context), KEEP_ALL)
         except Exception as error:
-            return replace(self._plain(), fault=_named(error))
+            return replace(self._plain(), fault=named(error))
 
     def _plain(self) -> Pass:
         return self._run(PruneRun(self.context), KEEP_ALL)
@@ -145,7 +156,3 @@ class QueryPasses:
         done = Pass(actions, run.trace(), run.memory())
         lap('trace')
         return done
-
-
-def _named(error: Exception) -> str:
-    return f'{type(error).__name__}: {error}'

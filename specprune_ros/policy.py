@@ -21,7 +21,7 @@ from specprune_ros.checks import (
 )
 from specprune_ros.config import PolicyConfig, PruneConfig
 from specprune_ros.episode import Episode, Frame, FrameHistory
-from specprune_ros.errors import ActionError, ConfigError, ObservationError
+from specprune_ros.errors import ActionError, ConfigError, ObservationError, named
 from specprune_ros.host_copy import DeferredResult, HostCopy
 from specprune_ros.images import CameraImage, as_rgb, turned
 from specprune_ros.models import load, pick_device
@@ -122,7 +122,8 @@ class Policy:
     def set_pruning(self, pruning: PruneConfig) -> None:
         """Take other pruning parameters from the next query on.
 
-        Another method forgets V_global, and what the guard found of the former one.
+        Another method forgets V_global and the guard's verdict on the former one. Without a guard
+        its verdict goes, too.
 
         Raises:
             ConfigError: unknown method, or it does not fit the model; nothing changes.
@@ -130,7 +131,9 @@ class Policy:
         method = make_method(pruning)
         self._check_pruning(pruning)
         if method.name != self._method.name:
-            self._episode.memory, self._episode.guard = None, GuardState()
+            self._episode.memory = None
+        if method.name != self._method.name or not pruning.guard_every:
+            self._episode.guard = GuardState()
         self._method = method
         self.config = PolicyConfig(
             robot=self.config.robot,
@@ -229,17 +232,18 @@ class Policy:
     def _infer(self, observation: Observation) -> PolicyResult:
         clock = StageClock(self._device)
         images = self._checked_images(observation)
+        words = self._stager.words(observation.instruction)
         self._begin_query(observation)
-        staged, reference = self._staged(images)
+        staged, reference, fault = self._staged(images)
         inputs = QueryInputs(
             images=staged,
             reference=None if reference is None else reference.pixels,
-            words=self._stager.words(observation.instruction),
+            words=words,
             state=self._stager.state(observation.proprio),
             memory=self._episode.memory,
         )
         clock.lap('preprocess')
-        query = self._query(inputs.words.layout, reference)
+        query = self._query(words.layout, reference, fault)
         outcome = self._evaluate(query, inputs, clock)
         actions = HostCopy(outcome.done.actions, self._device)
         clock.lap('act')
@@ -253,7 +257,7 @@ class Policy:
         self._end_query(observation, staged)
         return DeferredResult(chunk, lambda: replace(report(), **read))
 
-    def _query(self, layout: TokenLayout | None, reference: Frame | None) -> Query:
+    def _query(self, layout: TokenLayout | None, reference: Frame | None, fault: str) -> Query:
         return Query(
             model=self.model,
             stager=self._stager,
@@ -262,6 +266,7 @@ class Policy:
             config=self.config.pruning,
             context=self._context(layout, reference),
             guard=self._episode.guard,
+            fault=fault,
         )
 
     def _evaluate(self, query: Query, inputs: QueryInputs, clock: StageClock) -> Outcome:
@@ -297,7 +302,13 @@ class Policy:
     ) -> Callable[[], PruneReport]:
         """Makes the report of a query, of what is known of the episode now."""
         episode = self._episode
-        then = replace(episode, frames=FrameHistory(), memory=None, recalls=[*episode.recalls])
+        then = replace(
+            episode,
+            guard=query.guard,  # what a check found is for the next one
+            frames=FrameHistory(),
+            memory=None,
+            recalls=[*episode.recalls],
+        )
         return partial(
             _finish_report,
             trace,
@@ -345,14 +356,13 @@ class Policy:
         episode.displacement = np.zeros(3)
         episode.query += 1
 
-    def _staged(self, images: list[np.ndarray]) -> tuple[Staged, Frame | None]:
-        """The query's images on the device, and its reference frame with its own there.
+    def _staged(self, images: list[np.ndarray]) -> tuple[Staged, Frame | None, str]:
+        """The query's images on the device, its reference frame with its own there, and a fault.
 
         Both go there in one call, which works on all images side by side.
         """
         episode = self._episode
-        displacement = float(np.linalg.norm(episode.displacement))
-        wanted = self._method.reference_age(displacement, episode.frames.reach(episode.step))
+        wanted, fault = self._reference_age()
         raw: list[np.ndarray] = []
         while (frame := episode.frames.find(episode.step, wanted)) and frame.pixels is None:
             try:
@@ -370,7 +380,17 @@ class Policy:
             frame.pixels = tuple(next(older) if there else now for there, now in both)
             frame.unseen = frozenset(index for index, there in enumerate(seen) if not there)
             frame.images = {}
-        return current, frame
+        return current, frame, fault
+
+    def _reference_age(self) -> tuple[int, str]:
+        """How many control steps back to compare, 0 for not; and what failed, or empty."""
+        episode = self._episode
+        displacement = float(np.linalg.norm(episode.displacement))
+        try:
+            age = self._method.reference_age(displacement, episode.frames.reach(episode.step))
+        except Exception as error:
+            return 0, named(error)
+        return age, ''
 
     def _upright(self, images: Mapping[str, np.ndarray | CameraImage]) -> list[np.ndarray]:
         """RGB images in model order, checked, and turned as the robot's configuration says."""
@@ -462,11 +482,11 @@ class Policy:
 
     def _checked_images(self, observation: Observation) -> list[np.ndarray]:
         """All cameras' RGB images, in model order, after every check of the observation."""
-        check_instruction(observation.instruction)
-        check_proprio(observation.proprio, self.model.info.proprio_dim)
         names = self.model.info.cameras
         missing = [name for name in names if name not in observation.images]
         self._episode.absent.update(missing)
+        check_instruction(observation.instruction)
+        check_proprio(observation.proprio, self.model.info.proprio_dim)
         for name in missing:
             raise ObservationError(
                 'camera_missing', f'cameras/{name}', None, 'no image of this camera'

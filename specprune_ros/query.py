@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from specprune_ros.config import PruneConfig
-from specprune_ros.errors import PruningError
+from specprune_ros.errors import PruningError, named
 from specprune_ros.models.base import VLAModel
 from specprune_ros.models.decoder import Decoder
 from specprune_ros.models.preprocess import Staged
@@ -54,6 +54,7 @@ class Query:
         config: of pruning and its guard.
         context: what the method may know, but for what comes with the inputs.
         guard: what it found so far.
+        fault: what failed of pruning before the query: it runs dense; or empty.
     """
 
     model: VLAModel
@@ -63,6 +64,7 @@ class Query:
     config: PruneConfig
     context: QueryContext
     guard: GuardState
+    fault: str = ''
 
     def run(self, inputs: QueryInputs, clock: StageClock) -> Outcome:
         """Compute the query, and let the host check what pruning keeps where that is free."""
@@ -84,9 +86,13 @@ class Query:
 
         Two queries of one kind, with inputs of one tensor_tree.signature, do the same operations.
         """
-        context = self._context(inputs, None)
-        key = self.method.graph_key(context)
+        context, broken = self._context(inputs, None), self.fault
+        try:
+            key = self.method.graph_key(context)
+        except Exception as error:
+            key, broken = None, named(error)
         obstacles = {
+            f'pruning failed: {broken}': bool(broken),
             'the model embeds a query as a whole': not self.stager.recordable,
             'a causal model goes on token by token': self.decoder.causal,
             'the guard compares this query, or has stopped pruning': self._guarded,
@@ -106,7 +112,11 @@ class Query:
             inputs: of the first query.
             outcome: likewise.
         """
-        compares = self.method.reference_age(0.0, 1) > 0
+        try:
+            compares = self.method.reference_age(0.0, 1) > 0
+        except Exception as error:  # a recording costs speed at worst, never the action
+            graphs.eager(named(error))
+            return
         given = replace(
             inputs, reference=inputs.images if compares else None, memory=outcome.done.memory
         )
@@ -123,12 +133,11 @@ class Query:
         return check or self.guard.tripped
 
     def _run(self, inputs: QueryInputs, clock: StageClock, check: bool | None) -> Outcome:
-        pixels, reference, similarity = self.stager.pixels(inputs.images), None, None
+        pixels, reference = self.stager.pixels(inputs.images), None
         if inputs.reference is not None:
             reference = self.stager.pixels(inputs.reference)
         clock.lap('preprocess')
-        if reference is not None:
-            similarity = patch_similarity(pixels, reference, self.model.info.grid)
+        similarity, fault = self._similarity(pixels, reference)
         clock.lap('similarity')
         prompt = self.stager.embed(pixels, inputs.words, inputs.state, clock.lap)
         context = replace(self._context(inputs, similarity), layout=prompt.layout)
@@ -141,8 +150,18 @@ class Query:
             clock=clock,
             decoder=self.decoder,
             check=check,
+            fault=fault,
         )
         return replace(passes.act(self.guard), layout=prompt.layout)
+
+    def _similarity(self, pixels: Tensor, reference: Tensor | None) -> tuple[Tensor | None, str]:
+        """[V, N] to the reference frame, None without one; and what failed, or empty."""
+        if reference is None or self.fault:
+            return None, self.fault
+        try:
+            return patch_similarity(pixels, reference, self.model.info.grid), ''
+        except Exception as error:
+            return None, named(error)
 
     def _context(self, inputs: QueryInputs, similarity: Tensor | None) -> QueryContext:
         return replace(self.context, similarity=similarity, memory=inputs.memory)

@@ -15,6 +15,7 @@ from typing import Protocol, TypeVar
 
 import torch
 
+from specprune_ros.errors import named
 from specprune_ros.tensor_tree import map_tensors, signature, tensors
 
 GRAPHS = 16  # kinds of query that stay recorded; each holds its results' memory
@@ -183,7 +184,7 @@ class QueryGraphs:
             replay, held = self._recorder.record(lambda: function(static))
         except Exception as error:  # a recording costs speed at worst, never the action
             self._recordings[key] = _Failed(1 + (failed.times if failed else 0))
-            self.eager(f'{type(error).__name__}: {error}')
+            self.eager(named(error))
             return None
         self._recordings[key] = _Recording(static, replay, held)
         return (result,)

@@ -97,7 +97,7 @@ def make_report(
         budget=trace.budget,
         alpha=alpha,
         mode=Mode.FALLBACK if fallback else trace.mode,
-        mode_reason=trace.mode_reason or mode_reason(episode),
+        mode_reason=mode_reason(trace, episode),
         fallback_reason=fallback,
         translation_speed=motion.translation_speed if motion else NAN,
         rotation_speed=motion.rotation_speed if motion else NAN,
@@ -141,19 +141,23 @@ def decoder_share(trace: PruneTrace, layout: TokenLayout, decoder: Decoder) -> f
     return flops_share(counts, width=decoder.width, mlp_width=decoder.mlp_width)
 
 
-def mode_reason(episode: Episode) -> str:
-    """Why the controller is in its mode, in words.
+def mode_reason(trace: PruneTrace, episode: Episode) -> str:
+    """Why a query was in its mode, in words.
 
     differs: the paper always knows the last executed action; while none is known, fine is safer.
     """
     motion, guard = episode.motion, episode.guard
-    relaxed = f'; relaxed by the guard: {guard.why}' if guard.extra else ''
-    if motion is None:
-        return f'no executed action is known: prune gently{relaxed}'
-    return (
-        f'v_t {motion.translation_speed:.2f}, v_r {motion.rotation_speed:.2f}, '
-        f'dz {motion.vertical:+.2f}{relaxed}'
-    )
+    if trace.mode_reason:
+        why = trace.mode_reason
+    elif motion is None:
+        why = 'no executed action is known: prune gently'
+    else:
+        why = (
+            f'v_t {motion.translation_speed:.2f}, v_r {motion.rotation_speed:.2f}, '
+            f'dz {motion.vertical:+.2f}'
+        )
+    relaxed = guard.extra and trace.mode != Mode.DENSE
+    return f'{why}; relaxed by the guard: {guard.why}' if relaxed else why
 
 
 def _mask(tensor: Tensor | None) -> np.ndarray:

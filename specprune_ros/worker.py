@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from specprune_ros.config import PruneConfig
-from specprune_ros.errors import SpecPruneError
+from specprune_ros.errors import SpecPruneError, named
 from specprune_ros.types import FRAMES_KEPT, ExecutedAction, Observation, PolicyResult
 
 if TYPE_CHECKING:  # the node starts, and says so, where torch is missing
@@ -99,7 +99,7 @@ def _as_exception(error: BaseException) -> Exception:
     """A Rust extension's panic is no Exception."""
     if isinstance(error, Exception):
         return error
-    return RuntimeError(f'{type(error).__name__}: {error}')
+    return RuntimeError(named(error))
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 
 import numpy as np
 import pytest
@@ -73,6 +74,23 @@ def test_good_checks_bring_alpha_back():
     assert home.why == ''
 
 
+@given(st.integers(1, 12), st.sampled_from([5, 7, 10, 30]), st.sampled_from([90, 100, 110, 130]))
+def test_the_guard_goes_up_and_down_by_as_many_steps(bad, step, highest):
+    """Bug: three tenths up and down again left 3e-17, by which it counted as relaxed."""
+    config = PruneConfig(
+        guard_every=4, alpha=0.8, guard_step=step / 100, guard_alpha=highest / 100
+    )
+    steps = math.ceil((highest - 80) / step)
+    state = GuardState()
+    for _ in range(bad):
+        state = after_check(state, config, **BAD)
+    assert state.tripped == (bad > steps)
+    for _ in range(state.tripped + GOOD_CHECKS * min(bad, steps)):
+        assert state.extra
+        state = after_check(state, config, **GOOD)
+    assert (state.extra, state.tripped, state.why) == (0.0, False, '')
+
+
 def test_a_good_check_ends_the_dense_state_but_keeps_the_highest_alpha():
     recovered = after([GOOD], after([BAD] * 5))
     assert not recovered.tripped
@@ -138,6 +156,7 @@ def test_disagreement_relaxes_pruning_up_to_dense_and_is_counted():
     reports = [result.report for result in run(policy, 8)]
     assert [round(report.alpha, 3) for report in reports[:4]] == [0.8, 0.8, 0.8, 0.9]
     assert 'relaxed by the guard' in reports[3].mode_reason
+    assert 'guard' not in reports[2].mode_reason, 'it was checked, and pruned as before'
     assert reports[3].tokens_kept.sum() > 0
     assert reports[5].mode == Mode.FALLBACK
     assert 'guard: actions differ' in reports[5].fallback_reason
@@ -263,6 +282,14 @@ def test_the_guards_verdict_is_of_one_method():
     policy.set_pruning(PruneConfig(method='none', guard_every=2))
     modes = [policy.infer(make_observation(step)).report.mode for step in (32, 40)]
     assert modes == [Mode.DENSE, Mode.DENSE]
+
+
+def test_switching_the_guard_off_ends_its_verdict():
+    """Bug: no check could come that would have ended it."""
+    policy = tripped()
+    assert ask(policy, 4)[3].report.mode == Mode.FALLBACK
+    policy.set_pruning(PruneConfig())
+    assert policy.infer(make_observation(32)).report.mode in (Mode.COARSE, Mode.FINE)
 
 
 # Any method ------------------------------------------------------------------------------------

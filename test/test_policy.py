@@ -450,10 +450,37 @@ def test_faulty_method_costs_speed_not_the_action(policy, monkeypatch, fault):
     assert np.array_equal(result.chunk.data, expected)
 
 
-def test_after_a_fallback_pruning_goes_on(policy, monkeypatch):
-    def broken(self, probe):
-        raise RuntimeError('broken on purpose')
+def broken(*given, **named):
+    raise RuntimeError('broken on purpose')
 
+
+@pytest.mark.parametrize(
+    ('target', 'checks'),
+    [
+        ('specprune_ros.query.patch_similarity', 0),
+        ('specprune_ros.pruning.specprune.SpecPrune.reference_age', 0),
+        ('specprune_ros.passes.kept_share', 1),
+        ('specprune_ros.passes.after_check', 1),
+    ],
+)
+def test_whatever_fails_around_pruning_costs_speed_not_the_action(
+    policy, monkeypatch, target, checks
+):
+    """Bug: what failed outside of the decoder's pass cost the action."""
+    run_queries(policy, 2)
+    policy.set_pruning(PruneConfig(guard_every=checks))
+    monkeypatch.setattr(target, broken)
+    result = policy.infer(make_observation(16))
+    assert result.report.mode == Mode.FALLBACK
+    assert result.report.fallback_reason == 'RuntimeError: broken on purpose'
+    assert (result.report.tokens_kept == 256).all()
+    monkeypatch.undo()
+    policy.set_pruning(PruneConfig(method='none'))
+    expected = policy.infer(make_observation(16)).chunk.data
+    assert np.array_equal(result.chunk.data, expected)
+
+
+def test_after_a_fallback_pruning_goes_on(policy, monkeypatch):
     run_queries(policy, 2)
     with monkeypatch.context() as patch:
         patch.setattr(SpecPruneRun, 'after_layer', broken)

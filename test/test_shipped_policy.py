@@ -13,12 +13,14 @@ import numpy as np
 import pytest
 from conftest import DATA
 
+from specprune_ros.config import PolicyConfig
 from specprune_ros.config_files import load_config
+from specprune_ros.errors import ObservationError
 from specprune_ros.policy import Policy
 from specprune_ros.recordings import open_recording
 from specprune_ros.recordings.base import CameraEvent
 from specprune_ros.shipped import own_params
-from specprune_ros.types import ExecutedAction, Observation
+from specprune_ros.types import ExecutedAction, Mode, Observation
 
 CHECKPOINT = 'shipped/libero_small'
 EXPECTED = DATA / 'libero_small.json'
@@ -42,9 +44,8 @@ def frames() -> list[tuple[dict, ExecutedAction]]:
     return steps
 
 
-def actions_of(method: str) -> list[dict]:
-    """What each query of an episode gives: actions [8, 7], and tokens left in static pruning."""
-    config = load_config(
+def shipped_config(method: str) -> PolicyConfig:
+    return load_config(
         [own_params(CHECKPOINT)],
         {
             'model.checkpoint': CHECKPOINT,
@@ -53,7 +54,12 @@ def actions_of(method: str) -> list[dict]:
             'model.threads': 1,
         },
     )
-    policy = Policy.load(config)
+
+
+def actions_of(method: str) -> list[dict]:
+    """What each query of an episode gives: actions [8, 7], and tokens left in static pruning."""
+    policy = Policy.load(shipped_config(method))
+    config = policy.config
     answers = []
     for step, (images, executed) in enumerate(frames()[: STEPS * QUERIES]):
         if step % STEPS == 0:
@@ -95,6 +101,21 @@ def test_the_methods_differ():
     assert np.array_equal(dense[0], pruned[0]), 'the first query is dense'
     assert np.abs(dense[1:] - pruned[1:]).max() > 2 * TOLERANCE
     assert np.abs(drawn[1:] - pruned[1:]).max() > 2 * TOLERANCE
+
+
+def test_a_refused_instruction_leaves_the_episode_as_it_was():
+    """Bug: one that the model cannot take began a new episode before it was refused."""
+    policy = Policy.load(shipped_config('specprune'))
+    images, executed = frames()[0]
+    seen = Observation(
+        images=images, proprio=np.array(HAND), instruction=INSTRUCTION, stamp_ns=executed.stamp_ns
+    )
+    policy.infer(seen)
+    epoch = policy.epoch
+    with pytest.raises(ObservationError, match='instruction'):
+        policy.infer(replace(seen, instruction='pick up the soup ' * 1500))
+    assert policy.epoch == epoch
+    assert policy.infer(seen).report.mode == Mode.FINE
 
 
 if __name__ == '__main__':

@@ -365,13 +365,43 @@ def test_a_query_without_a_finite_action_leaves_no_trace(policy, monkeypatch):
     assert policy.infer(make_observation(8)).report.mode == Mode.DENSE
 
 
-def test_no_camera_that_returned_loses_patches_later(policy):
-    """Bug: later layers pruned the camera that static pruning had spared."""
+@pytest.mark.parametrize('method', ['specprune', 'random', 'uniform'])
+def test_no_camera_that_returned_loses_patches_later(policy, method):
+    """Bug: later layers pruned the camera that static pruning had spared; so did the controls."""
+    policy.set_pruning(PruneConfig(method=method))
     policy.infer(make_observation(0))
     execute(policy, 0, cameras=('wrist',))
     report = policy.infer(make_observation(8)).report
     assert report.tokens_kept[1] == 256
     assert report.tokens_kept[0] < report.tokens_static[0] < 256
+
+
+def test_a_camera_that_a_query_lacked_is_noted_whatever_else_was_wrong(policy):
+    """Bug: an observation refused for its instruction did not say which cameras were away."""
+    policy.infer(make_observation(0))
+    execute(policy, 0)
+    with pytest.raises(ObservationError, match='instruction'):
+        policy.infer(make_observation(8, cameras=('wrist',), instruction=' '))
+    execute(policy, 1)
+    assert policy.infer(make_observation(16)).report.tokens_kept[1] == 256
+
+
+def test_without_the_controller_the_report_does_not_speak_for_it(policy):
+    """Bug: a query that was pruned hard was said to be pruned gently."""
+    for report in reports(policy, 3, controller=False)[1:]:
+        assert report.mode == Mode.COARSE
+        assert report.mode_reason == 'the controller is off'
+
+
+def test_only_the_first_query_of_an_episode_is_called_that(policy):
+    """Bug: so was the first one of a method that was chosen in the middle of it."""
+    policy.set_pruning(PruneConfig(method='none'))
+    for query in range(2):
+        policy.infer(make_observation(8 * query))
+    policy.set_pruning(PruneConfig())
+    report = policy.infer(make_observation(16)).report
+    assert report.mode == Mode.DENSE
+    assert report.mode_reason == 'nothing is known of a query before'
 
 
 def test_another_frame_serves_where_one_does_not_decode(policy):

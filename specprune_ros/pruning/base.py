@@ -79,7 +79,7 @@ class PruneTrace:
         reason: [V, N] uint8 of types.Reason bits.
         pruned_after_layer: [V, N] uint8, 1-based layer; 0 for patches that survived.
         static_layer: layers up to this one count as static pruning.
-        layer_index, layer_tokens: layers after which tokens went, and the visual tokens left.
+        layer_index, layer_tokens: layers after which it chose, and the visual tokens left.
         recall: [V] Eq. 1 against the last query, or None; what reports show. The guard judges by
             another one, guard.kept_share.
         important: [V, N] bool, V_global of this query, or None.

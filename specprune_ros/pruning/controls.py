@@ -33,7 +33,7 @@ class BlindRun(SpecPruneRun):
             patches: [n] ascending visual_idx.
 
         Returns:
-            [n] the lowest stay.
+            [n] 0 or more; the lowest stay.
         """
         raise NotImplementedError
 
@@ -57,7 +57,10 @@ class BlindRun(SpecPruneRun):
         return keep
 
     def _first(self, patches: Tensor, count: int) -> Tensor:
-        return patches[self.order(patches).argsort(stable=True)[:count].sort().values]
+        order = self.order(patches)
+        for camera in self.context.unseen:  # all of a returned camera stays
+            order = order.masked_fill(patches // self._shape[1] == camera, -1)
+        return patches[order.argsort(stable=True)[:count].sort().values]
 
 
 class RandomRun(BlindRun):

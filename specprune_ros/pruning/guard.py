@@ -15,6 +15,7 @@ from specprune_ros.config import PruneConfig
 from specprune_ros.pruning.base import PruneTrace
 from specprune_ros.pruning.scores import recall
 
+ROUNDING = 1e-9  # what sums of steps may be off
 GOOD_CHECKS = 3  # checks in a row that must pass before the guard takes a step back
 
 
@@ -87,7 +88,7 @@ def after_check(
         reasons.append(f'recall {recall:.2f}')
     room = max(config.guard_alpha - config.alpha, 0.0)
     if reasons:
-        tripped = state.extra >= room
+        tripped = state.extra >= room - ROUNDING
         extra = min(state.extra + config.guard_step, room)
         return GuardState(extra, tripped, 0, ', '.join(reasons))
     if state.tripped:
@@ -95,5 +96,5 @@ def after_check(
     good = state.good + 1
     if good < GOOD_CHECKS or state.extra == 0.0:
         return replace(state, good=good)
-    extra = max(state.extra - config.guard_step, 0.0)
-    return GuardState(extra, False, 0, state.why if extra else '')
+    extra = state.extra - config.guard_step
+    return GuardState(extra, False, 0, state.why) if extra > ROUNDING else GuardState()

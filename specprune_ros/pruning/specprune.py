@@ -29,6 +29,8 @@ from specprune_ros.pruning.budget import (
 from specprune_ros.pruning.motion import Motion, next_fine, reference_age
 from specprune_ros.types import Mode, Reason
 
+CONTROLLER_OFF = 'the controller is off'
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -82,7 +84,8 @@ def why_dense(config: PruneConfig, context: QueryContext, *, asked: bool = False
         asked: whether somebody wants nothing to go.
     """
     if context.memory is None:
-        return 'first query of the episode'
+        first = context.query == 0
+        return 'first query of the episode' if first else 'nothing is known of a query before'
     if asked:
         return 'nothing may go in this query'
     if config.dense_every and context.query % config.dense_every == 0:
@@ -174,7 +177,7 @@ class SpecPruneRun(PruneRun):
         mode = Mode.FINE if self._fine else Mode.COARSE
         return PruneTrace(
             mode=Mode.DENSE if self._dense else mode,
-            mode_reason=self._dense_why,
+            mode_reason=self._dense_why or ('' if self._config.controller else CONTROLLER_OFF),
             budget=self._budget,
             reason=self._reason,
             pruned_after_layer=self._gone.view(self._shape),

@@ -17,6 +17,7 @@ from specprune_ros.errors import (
     ObservationError,
     RecordingError,
     SpecPruneError,
+    named,
 )
 from specprune_ros.images import ENCODINGS, CompressedImage, RawImage
 from specprune_ros.recordings.base import (
@@ -155,7 +156,7 @@ class BagRecording:
             raise
         except Exception as error:  # storage, decompression and decoding each raise their own
             raise RecordingError(
-                self.path, f'cannot be read as a rosbag2: {type(error).__name__}: {error}'
+                self.path, f'cannot be read as a rosbag2: {named(error)}'
             ) from error
 
     def _choose_joints(self, reader: AnyReader) -> None:

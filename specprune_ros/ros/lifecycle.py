@@ -13,7 +13,7 @@ from lifecycle_msgs.srv import ChangeState, GetState
 from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
 from rclpy.node import Node
 
-from specprune_ros.errors import SpecPruneError
+from specprune_ros.errors import SpecPruneError, named
 
 TRANSITIONS = {
     'configure': Transition.TRANSITION_CONFIGURE,
@@ -106,7 +106,7 @@ class ManagedNode(LifecycleNode, ABC):
         except SpecPruneError as error:
             self._fault(error.code, str(error))
         except Exception as error:
-            self._fault(code, f'{type(error).__name__}: {error}', traceback.format_exc())
+            self._fault(code, named(error), traceback.format_exc())
         else:
             return SUCCESS
         undo()
@@ -116,7 +116,7 @@ class ManagedNode(LifecycleNode, ABC):
         try:
             act()
         except Exception as error:
-            self._broken = f'{name}: {type(error).__name__}: {error}'
+            self._broken = f'{name}: {named(error)}'
             self.get_logger().error(traceback.format_exc())
             return ERROR
         return SUCCESS

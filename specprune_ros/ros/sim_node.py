@@ -24,7 +24,7 @@ from sensor_msgs.msg import Image, JointState
 from std_msgs.msg import Float64MultiArray, String
 from std_srvs.srv import Trigger
 
-from specprune_ros.errors import ConfigError, SpecPruneError
+from specprune_ros.errors import ConfigError, SpecPruneError, named
 from specprune_ros.health import Health
 from specprune_ros.inbox import JOINTS, POSE
 from specprune_ros.ros import conversions, diagnostics, qos
@@ -212,7 +212,7 @@ class SimNode(Node):
                 else:
                     self._step(arm)
         except Exception as error:  # the simulator has errors of its own
-            self._fault(getattr(error, 'code', 'error'), f'{type(error).__name__}: {error}')
+            self._fault(getattr(error, 'code', 'error'), named(error))
             self._tell({**self._episode, 'state': BROKEN})
         finally:
             arm.close()

@@ -14,7 +14,7 @@ import numpy as np
 from rclpy.node import Node
 
 from specprune_ros.config import PolicyConfig
-from specprune_ros.errors import ActionError, ObservationError, SpecPruneError
+from specprune_ros.errors import ActionError, ObservationError, SpecPruneError, named
 from specprune_ros.health import Health
 from specprune_ros.inbox import NS, Inbox, QueryTrigger
 from specprune_ros.msg import ActionChunk, ModelInfo
@@ -261,7 +261,7 @@ class Pipeline:
     def _on_error(self, error: Exception, job: Job | None) -> None:
         code, message, log = fault_code(error), str(error), ''
         if not isinstance(error, SpecPruneError):
-            message = f'{type(error).__name__}: {error}'
+            message = named(error)
             log = ''.join(traceback.format_exception(error))
         self._around.fault(code, message, log)
         if job is not None:
