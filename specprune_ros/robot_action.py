@@ -17,7 +17,7 @@ def to_robot(actions: np.ndarray, robot: RobotConfig) -> np.ndarray:
     Returns:
         [L, A], a new array where anything changes.
 
-    Source: openvla_oft spec, section 8 (the sign comes before the inversion, sign(0) = 0).
+    Source: openvla-oft 213c5ff, robot_utils.py (the sign comes before the inversion, sign(0) = 0).
     """
     if robot.gripper == 'unchanged':
         return actions

@@ -1,6 +1,7 @@
-"""The issue's numbers on real recordings, which are not ours to ship.
+"""Real recordings, which are not ours to ship.
 
-They are looked for in `SPECPRUNE_RECORDINGS`, by default `../shared/data` beside the checkout.
+They are looked for in `SPECPRUNE_RECORDINGS`, by default `../shared/data` beside the checkout, and
+skipped where they are not.
 """
 
 import os

@@ -376,7 +376,7 @@ def test_a_missing_package(tmp_path, monkeypatch, name, package):
 
 @needs_real_vocabulary
 def test_the_ids_of_llama_2():
-    """Source: openvla_oft spec, section 6."""
+    """Source: npm llama-tokenizer-js, which has the same vocabulary."""
     tokens = LlamaTokenizer(REAL).prompt('put spoon on towel')
     assert tokens.ids[:10] == (1, 512, 29901, 1724, 3158, 881, 278, 19964, 2125, 304)
     assert tokens.ids[-5:] == (29973, 13, 3744, 29901, 29871)

@@ -3,7 +3,7 @@
 Opening a file reads names and shapes only. So a checkpoint that does not fit its model is refused
 before any of its gigabytes is read, and keys are picked, renamed and merged as plain dicts.
 
-Source: openvla_oft spec, sections 1 to 3.
+Source: openvla-oft 213c5ff, openvla_utils.py and modeling_prismatic.py.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ class Checkpoint:
         Raises:
             CheckpointError: several files match.
 
-        Source: openvla_oft spec, section 1.
+        Source: openvla-oft 213c5ff, openvla_utils.py.
         """
         matches = [
             path

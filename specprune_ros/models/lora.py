@@ -1,6 +1,6 @@
 """Low-rank updates (LoRA), merged into plain weights while they are read.
 
-Source: openvla_oft spec, sections 1 and 9, trap 10.
+Source: peft 0.11.1, as openvla-oft 213c5ff uses it (finetune.py, film_vit_wrapper.py).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def merge(base: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
     Returns:
         The base's shape, float32, on its device.
 
-    Source: openvla_oft spec, section 9. differs: the reference adds in the base's dtype.
+    Source: as above. differs: the reference adds in the base's dtype.
     """
     flat = (tensor.float().flatten(1) for tensor in (base, lora_b, lora_a))
     return torch.addmm(*flat, alpha=scale).view(base.shape)
@@ -52,8 +52,6 @@ def merge_wrapped(weights: Weights) -> Weights:
 
     Raises:
         CheckpointError: a part is missing, or shapes do not fit each other.
-
-    Source: openvla_oft spec, section 9.
     """
     layers, plain = _by_layer(weights, (BASE, BASE_BIAS, WRAPPED_A, WRAPPED_B))
     for path, parts in layers.items():

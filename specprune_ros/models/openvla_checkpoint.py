@@ -3,7 +3,7 @@
 No code from the folder is ever run. Everything that can be wrong with it is found before the
 weights are read.
 
-Source: openvla_oft spec, sections 1 to 3 and 7 to 10; for UniVLA see heads/latent.py.
+Source: openvla-oft 213c5ff, openvla_utils.py; for UniVLA see heads/latent.py.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What an OpenVLA-OFT, OpenVLA or UniVLA checkpoint folder holds, by headers and small files.
 
-Source: openvla_oft spec, sections 1 to 3; for UniVLA see heads/latent.py.
+Source: openvla-oft 213c5ff, openvla_utils.py; for UniVLA see heads/latent.py.
 """
 
 from __future__ import annotations

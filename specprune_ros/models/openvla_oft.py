@@ -2,7 +2,7 @@
 
 OpenVLA is the same with a causal Llama, without placeholders, decoded token by token.
 
-Source: openvla_oft spec, sections 4 to 10.
+Source: openvla-oft 213c5ff, modeling_prismatic.py, with its fork of transformers (bc339d9).
 """
 
 from __future__ import annotations
@@ -183,7 +183,7 @@ class OpenVLAOFT:
         return Prompt(torch.cat(sequence), self.layout(tokens))
 
     def layout(self, tokens: PromptTokens) -> TokenLayout:
-        """Where everything stands (openvla_oft spec, section 6).
+        """Where everything stands.
 
         The head reads from the last prompt token on, one position before each placeholder
         (trap 1).

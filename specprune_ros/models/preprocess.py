@@ -1,6 +1,7 @@
 """Camera images to model images: what OpenVLA-OFT did to its training data, exactly or fast.
 
-Source: openvla_oft spec, section 4 and traps 8 and 9. Normalisation is the vision backbone's.
+Source: openvla-oft 213c5ff, openvla_utils.py and processing_prismatic.py. Normalisation is the
+vision backbone's.
 """
 
 from __future__ import annotations
@@ -209,7 +210,7 @@ def jpeg_round_trip(image: np.ndarray) -> np.ndarray:
     Returns:
         [H, W, 3] uint8.
 
-    Source: openvla_oft spec, section 4, R step 1, and trap 9.
+    Source: openvla-oft 213c5ff, openvla_utils.py; TensorFlow decodes with the fast integer DCT.
     """
     import simplejpeg
     from PIL import Image

@@ -13,7 +13,7 @@ class PromptTokens:
     """A tokenised prompt.
 
     Attributes:
-        ids: token ids, BOS first, the lone space piece last (openvla_oft spec, section 6).
+        ids: token ids, BOS first, the lone space piece last.
         instruction: which of `ids` are the user's words.
     """
 

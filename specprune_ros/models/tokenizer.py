@@ -1,6 +1,6 @@
 """Llama-2's tokenizer, and the prompts of the OpenVLA family.
 
-Source: openvla_oft spec, sections 6 and 10.
+Source: openvla-oft 213c5ff, openvla_utils.py (prompt), modeling_prismatic.py (lone space piece).
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Vision transformer with the parameter names of OpenVLA's two towers (DINOv2 and SigLIP).
 
-Source: openvla_oft spec, section 5. Our own small module instead of timm (which needs torchvision)
-or transformers' (whose names and fused layers differ from the checkpoints').
+Source: openvla-oft 213c5ff, modeling_prismatic.py, and timm 0.9.10, which it calls. Our own small
+module instead of timm (which needs torchvision) or transformers' (whose names and fused layers
+differ from the checkpoints').
 """
 
 from __future__ import annotations
@@ -123,7 +124,7 @@ class PatchEmbed(nn.Module):
 class VisionTower(nn.Module):
     """A tower read at its second-to-last block, without the final norm.
 
-    Source: openvla_oft spec, trap 5; the last block of a checkpoint is therefore never run.
+    Source: openvla-oft 213c5ff, modeling_prismatic.py; so a checkpoint's last block is never run.
     """
 
     def __init__(self, config: TowerConfig):

@@ -1,6 +1,6 @@
 """A trained network as a checkpoint folder in OpenVLA-OFT's layout, with its model card.
 
-Source: openvla_oft spec, sections 1 to 3.
+Source: openvla-oft 213c5ff, openvla_utils.py, which reads such folders.
 """
 
 from __future__ import annotations

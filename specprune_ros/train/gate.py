@@ -3,7 +3,6 @@
 The loss of held-out demonstrations does not tell: most of their frames show which way the hand
 goes already. In a still scene with a random hand only image and words do.
 
-Source: simulation notes, part 2, sections 5 and 8.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """OpenVLA-OFT's diffusion head: DDIM over the action chunk, one decoder pass per step.
 
-Source: openvla_oft spec, section 7 (Diffusion).
+Source: openvla-oft 213c5ff, action_heads.py and modeling_prismatic.py; DDIM as in diffusers.
 """
 
 from __future__ import annotations

@@ -28,8 +28,8 @@ class L1RegressionHead(ActionHead):
         hidden_width: width of the MLP; C in the published checkpoints.
         blocks: residual blocks; 2 in the published checkpoints.
 
-    Source: openvla_oft spec, section 7 (parameter names as in `action_head--*.pt`, after the
-        `module.model.` prefix).
+    Source: openvla-oft 213c5ff, action_heads.py (parameter names as in `action_head--*.pt`, after
+        the `module.model.` prefix).
     """
 
     def __init__(self, width: int, action_dim: int, hidden_width: int, blocks: int = 2):

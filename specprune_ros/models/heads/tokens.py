@@ -1,6 +1,6 @@
 """Actions as discrete tokens: OpenVLA-OFT's parallel form and OpenVLA's token by token.
 
-Source: openvla_oft spec, sections 7 (Discrete) and 10.
+Source: openvla-oft 213c5ff, modeling_prismatic.py and action_tokenizer.py.
 """
 
 from __future__ import annotations
