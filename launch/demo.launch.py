@@ -3,8 +3,8 @@
 ros2 launch specprune_ros demo.launch.py task:=object_shuffled/3 episodes:=3
 ros2 launch specprune_ros demo.launch.py sim_python:=/path/to/.venv-sim/bin/python
 
-sim_node needs LIBERO in its Python: pip install 'specprune_ros[sim]', or scripts/setup_sim.sh and
-sim_python. The driver begins the episodes, enables the streamer, and ends the launch with a table.
+sim_node needs LIBERO in its Python: the extra `sim`, or scripts/setup_sim.sh and sim_python. The
+driver begins the episodes, enables the streamer, and ends the launch with a table.
 """
 
 import os

@@ -61,6 +61,11 @@ ARGUMENTS = {
     'cameras': ('', "camera names, e.g. 'wrist,side'; empty: the robot file's"),
     'transport': ('', "raw or compressed, for all cameras; empty: the robot file's"),
     'namespace': ('', 'namespace of all nodes'),
+    'remap': (
+        '',
+        'other names for topics, services and actions of these nodes, with spaces between: '
+        'joint_trajectory:=/arm_controller/joint_trajectory eef_pose:=/arm/pose',
+    ),
     'use_sim_time': ('false', 'take time from /clock'),
     'log_level': ('info', 'debug, info, warn or error'),
     'stream': (
@@ -183,12 +188,13 @@ def started(spec: NodeSpec, value: dict[str, str]) -> list:
 
 def process(spec: NodeSpec, value: dict[str, str]) -> dict[str, object]:
     """What a node's first process and the next ones share."""
+    remapped = [word for rule in value['remap'].split() for word in ('-r', rule)]
     return {
         'package': 'specprune_ros',
         'executable': spec.executable,
         'name': spec.executable,
         'namespace': value['namespace'],
-        'ros_arguments': ['--log-level', value['log_level']],
+        'ros_arguments': ['--log-level', value['log_level'], *remapped],
         'output': 'screen',
     }
 

@@ -7,6 +7,7 @@
 #
 #   SPECPRUNE_TORCH    what pip installs as torch, e.g. 'torch==2.9.1'; '' leaves torch to you
 #   SPECPRUNE_PYTHON   the interpreter for .venv
+#   SPECPRUNE_ROS      'wheels' takes those although a ROS is installed
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 root=$PWD log=$PWD/.ws/setup.log
@@ -41,13 +42,16 @@ done
 unset VIRTUAL_ENV
 
 if [ -n "${ROS_DISTRO:-}" ] && [ -n "${AMENT_PREFIX_PATH:-}" ]; then
+  [ "${SPECPRUNE_ROS:-}" != wheels ] ||
+    die "SPECPRUNE_ROS=wheels, but ROS $ROS_DISTRO is sourced: take a shell in which none is"
   ros=$ROS_DISTRO
   python=$(find_python 'import rclpy' python3 /usr/bin/python3) ||
     die "ROS $ros is sourced, but no Python here imports its rclpy (apt install ros-$ros-rclpy)"
 else
   ros=wheels
   for setup in /opt/ros/*/setup.bash; do
-    [ ! -e "$setup" ] || die "source your ROS first:  . $setup"
+    [ ! -e "$setup" ] || [ "${SPECPRUNE_ROS:-}" = wheels ] ||
+      die "source your ROS first:  . $setup   (or go without it: SPECPRUNE_ROS=wheels)"
   done
   [ "$(uname -sm)" = 'Linux x86_64' ] ||
     die 'no ROS is sourced, and its PyPI wheels exist for x86-64 Linux only, not for' \

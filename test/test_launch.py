@@ -137,6 +137,15 @@ def test_vla_with_a_replay_and_a_streamer_that_holds_still(world):
 
 
 @pytest.mark.slow
+def test_names_can_be_those_of_the_robots_own_driver(world):
+    rules = 'executed_action:=/arm/done eef_pose:=/arm/pose'
+    with Launched('vla', namespace=NAMESPACE, stream='twist', remap=rules) as launched:
+        counts = (world.count_publishers, '/arm/done'), (world.count_subscribers, '/arm/pose')
+        found = world.run(60.0, lambda: all(count(name) for count, name in counts))
+        assert found, launched.output()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('arguments', 'model', 'robot'),
     [

@@ -705,7 +705,8 @@ def test_without_the_simulator_the_command_that_installs_it_is_named(tmp_path):
         [sys.executable, '-c', code], capture_output=True, text=True, timeout=60, cwd=ROOT
     )
     assert done.returncode == 2, done.stderr
-    assert 'pip install "specprune_ros[sim]"' in done.stderr
+    assert 'bash scripts/setup_sim.sh' in done.stderr
+    assert 'pip install -e ".[sim]"' in done.stderr
 
 
 def test_ablate_refuses_a_task_that_is_none(tmp_path, capsys):

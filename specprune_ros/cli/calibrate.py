@@ -17,7 +17,8 @@ EXAMPLE = """
 example, the parameters of one's own robot and checkpoint, then the node with them:
   specprune calibrate my_bag --params robots/libero_franka --params models/openvla_oft \\
     --set model.checkpoint=my_checkpoint --out out/calibrate
-  ros2 launch specprune_ros vla.launch.py pruning:=out/calibrate/pruning.yaml
+  ros2 launch specprune_ros vla.launch.py robot:=libero_franka checkpoint:=my_checkpoint \\
+    pruning:=out/calibrate/pruning.yaml
 """
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
     file = write_study(study, out)
     console.print(proposal_table(study.proposals, study.notes))
     console.print(f'evidence in {out}')
-    console.print(f'ros2 launch specprune_ros vla.launch.py pruning:={file}', soft_wrap=True)
+    console.print(f'your line of `ros2 launch`, and pruning:={file}', soft_wrap=True)
     return 0
 
 

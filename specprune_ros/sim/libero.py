@@ -48,7 +48,10 @@ FINGERS = 2
 HEADLIGHT = ('ambient', 'diffuse', 'specular')
 LIGHTS = ('light_ambient', 'light_diffuse', 'light_specular')
 MAX_ARRANGEMENTS = 1000  # one in some hundred hands cannot be reached
-INSTALL = 'pip install "specprune_ros[sim]", in an environment of its own: it pins NumPy 1.26'
+INSTALL = (
+    'bash scripts/setup_sim.sh and .venv-sim/bin/specprune, or in the checkout pip install -e '
+    '".[sim]" into an environment of its own: it pins NumPy 1.26'
+)
 
 
 class LiberoEnv:
