@@ -162,7 +162,7 @@ class RobotConfig:
         if width == 0:
             raise ConfigError('robot.action_names', self.action_names, 'needs at least one name')
         for name in self.camera_names:
-            if not name.isidentifier():
+            if not (name.isascii() and name.isidentifier()):
                 raise ConfigError(
                     'robot.camera_names', name, 'must be letters, digits and _ (a topic name)'
                 )

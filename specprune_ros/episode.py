@@ -14,6 +14,8 @@ from specprune_ros.pruning.guard import GuardState
 from specprune_ros.pruning.motion import Motion
 from specprune_ros.types import FRAMES_KEPT
 
+EXECUTED_KEPT = 1024  # executed actions that a report names, while no query comes
+
 
 @dataclass(eq=False)
 class Frame:
@@ -89,8 +91,8 @@ class Episode:
         sizes: camera -> (rows, cols) of its raw images.
         absent: cameras without an image at some executed step, or refused query, since the last
             query.
-        executed: stamps of the executed actions since the last query, each with those of the
-            images that were newest then, by camera.
+        executed: stamps of the newest executed actions since the last query, each with those of
+            the images that were newest then, by camera.
     """
 
     epoch: int
@@ -109,4 +111,6 @@ class Episode:
     frames: FrameHistory = field(default_factory=FrameHistory)
     sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
     absent: set[str] = field(default_factory=set)
-    executed: list[tuple[int, Mapping[str, int]]] = field(default_factory=list)
+    executed: deque[tuple[int, Mapping[str, int]]] = field(
+        default_factory=lambda: deque(maxlen=EXECUTED_KEPT)
+    )

@@ -50,6 +50,7 @@ FAULTS: dict[str, Fault] = {
     'pose_stale': Fault(222, 'the newest end-effector pose is too old'),
     'pose_not_finite': Fault(223, 'an end-effector pose that is not finite'),
     'pose_quaternion': Fault(224, 'an orientation that is no rotation'),
+    'pose_frame': Fault(225, 'an end-effector pose in another frame than the commands'),
     'instruction_missing': Fault(231, 'no instruction'),
     'instruction_empty': Fault(232, 'an empty instruction: the former one stays'),
     'instruction_too_long': Fault(233, 'an instruction that the model cannot take'),

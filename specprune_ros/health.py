@@ -211,14 +211,25 @@ def keep_ratio(report: PruneReport) -> float:
     return float(report.tokens_kept.sum()) / total if total else 1.0
 
 
+def _uses_gpu() -> bool:
+    torch = sys.modules.get('torch')
+    return torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized()
+
+
+def free_gpu_memory() -> None:
+    """Let other processes have what torch's allocator keeps of freed tensors."""
+    if _uses_gpu():
+        sys.modules['torch'].cuda.empty_cache()
+
+
 def gpu_memory() -> dict[str, str]:
     """Memory that torch holds on its current GPU, as text; empty where it uses none.
 
     From the allocator's own books: asking the driver could wait for a running kernel.
     """
-    torch = sys.modules.get('torch')
-    if torch is None or not torch.cuda.is_available() or not torch.cuda.is_initialized():
+    if not _uses_gpu():
         return {}
+    torch = sys.modules['torch']
     total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
     return {
         'gpu memory allocated MiB': f'{torch.cuda.memory_allocated() / 2**20:.0f}',

@@ -306,7 +306,7 @@ class InferenceWorker:
         for action, images, stamps_ns in steps:
             try:
                 replan |= bool(self._policy.observe_executed(action, images, stamps_ns))
-            except SpecPruneError as error:
+            except Exception as error:  # it must cost neither the others nor the query
                 self._on_error(error, None)
         return replan
 

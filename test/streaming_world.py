@@ -85,7 +85,8 @@ class World:
 
     def measure(self) -> None:
         self.streamer.put_joints(self.now, JOINTS, self.joints, self.now)
-        self.streamer.put_pose(self.now, self.position, self.quaternion, self.now)
+        frame_id = self.config.robot.frame_id
+        self.streamer.put_pose(self.now, self.position, self.quaternion, frame_id, self.now)
 
     def chunk(self, rows: object = 0.0, *, latency: int = 0, **changes) -> ActionChunk:
         """A chunk that is published now, `rows` broadcast to [L, A]."""

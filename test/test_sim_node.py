@@ -202,14 +202,23 @@ def test_the_step_limit_ends_an_episode(run):
     assert peer.episode['step'] == 5
 
 
-def test_without_the_simulator_it_says_so_and_stays(run):
+@pytest.mark.parametrize(
+    ('error', 'fault'),
+    [
+        (ConfigError('task', 'nowhere/1', 'no such task'), 'config'),
+        (FileNotFoundError('no such .bddl'), 'error'),
+    ],
+)
+def test_without_the_simulator_it_says_so_and_stays(run, error, fault):
+    """Bug: an error of the simulator's own left it `loading` for ever."""
+
     def make(cameras, size):
-        raise ConfigError('task', 'nowhere/1', 'no such task')
+        raise error
 
     _, peer = run(make)
     assert peer.until(lambda: peer.seen['episode'])
-    assert peer.episode == {'state': 'failed to start'}
-    assert peer.until(lambda: 'config' in peer.faults)
+    assert peer.until(lambda: peer.episode == {'state': 'failed to start'})
+    assert peer.until(lambda: fault in peer.faults)
     told, words = peer.begin()
     assert not told
     assert 'failed to start' in words
@@ -236,3 +245,21 @@ def test_a_simulator_that_breaks_says_so(run, when):
     told, words = peer.begin()
     assert not told
     assert 'broken' in words
+
+
+def test_a_reset_that_breaks_the_simulator_is_answered_at_once(run):
+    """Bug: who asked for it waited until time was up."""
+
+    class Brittle(Point):
+        def reset(self, seed, split):
+            if self.steps:
+                raise RuntimeError('unstable')
+            return super().reset(seed, split)
+
+    _, peer = run(Brittle)
+    assert peer.until(lambda: peer.seen['episode'] and peer.episode['state'] == 'running')
+    assert peer.until(lambda: len(peer.seen['pose']) > 3)
+    told, words = peer.begin()
+    assert not told
+    assert 'unstable' in words
+    assert peer.until(lambda: peer.episode['state'] == 'broken')

@@ -82,7 +82,8 @@ class Machine(RuleBasedStateMachine):
     def measure(self, stamp_ns: int) -> None:
         self.measured_ns = stamp_ns
         self.streamer.put_joints(stamp_ns, JOINTS, self.at, self.now)
-        self.streamer.put_pose(stamp_ns, self.at, (0, 0, 0, 1), self.now)
+        frame_id = self.robot.frame_id
+        self.streamer.put_pose(stamp_ns, self.at, (0, 0, 0, 1), frame_id, self.now)
 
     def tell(self, running: bool) -> None:
         self.running = running
@@ -176,7 +177,8 @@ class Machine(RuleBasedStateMachine):
             self.streamer.put_joints(stamp_ns, JOINTS, self.at + by, self.now)
         else:
             self.streamer.put_joints(self.now, JOINTS, (0.0, value, 0.0), self.now)
-            self.streamer.put_pose(self.now, (0.0, value, 0.0), (0, 0, 0, 1), self.now)
+            bad = (0.0, value, 0.0), (0, 0, 0, 1)
+            self.streamer.put_pose(self.now, *bad, self.robot.frame_id, self.now)
 
     @rule(kind=st.sampled_from(['enable', 'pause', 'e_stop']), on=st.booleans())
     def order(self, kind, on):

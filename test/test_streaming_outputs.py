@@ -17,7 +17,7 @@ from streaming_world import (
     steps,
 )  # fmt: skip
 
-from specprune_ros.streaming.rotation import compose, from_rotation_vector
+from specprune_ros.streaming.rotation import between, compose, from_rotation_vector
 
 DT_S = DT / 1e9
 METRIC = {
@@ -108,6 +108,16 @@ def test_rotations_compose_as_matrices_do(left, right):
     assert np.linalg.norm(product) == pytest.approx(1.0)
     wanted = turn(left, np.linalg.norm(left)) @ turn(right, np.linalg.norm(right))
     assert np.allclose(matrix(product), wanted, atol=1e-9)
+
+
+@given(VECTORS, VECTORS)
+def test_the_rotation_between_two_orientations_leads_from_one_to_the_other(left, right):
+    start, end = from_rotation_vector(left), from_rotation_vector(right)
+    for sign in (1.0, -1.0):  # q and -q are the same orientation
+        way = between(start, sign * end)
+        assert np.linalg.norm(way) <= np.pi + 1e-9
+        reached = compose(from_rotation_vector(way), start)
+        assert abs(float(reached @ end)) == pytest.approx(1.0, abs=1e-9)
 
 
 @given(st.floats(0.0, 1e-5))

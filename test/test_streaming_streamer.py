@@ -17,6 +17,7 @@ from streaming_world import (
 
 from specprune_ros.checks import executed_displacement
 from specprune_ros.errors import ConfigError
+from specprune_ros.streaming import rotation
 from specprune_ros.streaming.streamer import Safety, Streamer
 
 ARM = [0, 1, 2]
@@ -462,11 +463,26 @@ def test_a_bad_joint_state_is_ignored(code, names, values):
 )
 def test_a_bad_pose_is_ignored(code, position, quaternion):
     world = World(CARTESIAN_ROBOT)
-    world.streamer.put_pose(world.now, position, quaternion, world.now)
+    world.streamer.put_pose(world.now, position, quaternion, 'base_link', world.now)
     assert world.faults == [code]
     assert world.put()
     (command,) = world.tick(fresh=False)
     assert np.allclose(command.target.position, world.position)
+
+
+@pytest.mark.parametrize('frame_id', ['world', ''])
+@pytest.mark.parametrize('output', ['pose', 'twist'])
+def test_a_pose_in_another_frame_is_no_start_of_a_command(output, frame_id):
+    """Bug: the numbers were taken as they came, and the arm was sent off by the transform."""
+    world = World({**CARTESIAN_ROBOT, 'stream.output': output})
+    world.streamer.put_pose(world.now, (5.0, 0.0, 0.0), (0, 0, 0, 1), frame_id, world.now)
+    assert world.faults == ['pose_frame']
+    assert repr(frame_id) in world.messages[0]
+    assert "'base_link'" in world.messages[0]
+    assert world.put()
+    (command,) = world.tick(fresh=False)
+    if output == 'pose':
+        assert np.allclose(command.target.position, world.position)
 
 
 def test_a_measurement_from_the_future_keeps_no_good_one_out():
@@ -976,9 +992,47 @@ def test_an_arm_that_does_not_follow_is_disabled(space):
     assert len(world.safeties) == 1
 
 
-def test_hold_gives_the_arm_the_time_that_its_speed_limit_asks_for():
+STUCK = {  # every row turns by 0.1 rad, and the wrist never follows
+    **CARTESIAN_ROBOT, 'stream.rotation_unit_rad': 0.1, 'limits.policy': 'clamp',
+    'limits.velocity_max': [2.0], 'limits.max_step': [0.1],
+}  # fmt: skip
+
+
+def angle_of(target, world) -> float:
+    return float(np.linalg.norm(rotation.between(world.quaternion, target.quaternion_xyzw)))
+
+
+def stuck_wrist(rows: int, **limits) -> World:
+    world = World({**STUCK, **limits})
+    for _ in range(rows):
+        world.put([0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0])
+        world.tick()
+    return world
+
+
+def test_a_wrist_that_does_not_follow_is_disabled():
+    """Bug: only the position was compared, and the angle added up without end."""
+    world = stuck_wrist(20)
+    assert max(angle_of(command.target, world) for command in world.commands) <= 0.6 + 1e-9
+    assert 'tracking_error' in world.faults
+    assert 'roll, pitch, yaw are up to' in world.messages[0]
+    assert world.state == 'DISABLED'
+
+
+def test_hold_turns_back_no_faster_than_the_limits_let_it():
+    """Bug: the measured orientation was commanded at once, however far it was."""
+    world = stuck_wrist(4)
+    ahead = angle_of(world.commands[-1].target, world)
+    assert ahead == pytest.approx(0.4)
+    (safety,) = world.order('pause', True)
+    assert angle_of(safety.target, world) == pytest.approx(ahead - 0.1)
+
+
+@pytest.mark.parametrize('limit', [{'velocity_max': [1.0]}, {'max_step': [0.05]}])
+def test_hold_gives_the_arm_the_time_that_its_limits_ask_for(limit):
     """Bug: the safety output asked for the way back to an old measurement within one period."""
-    world = World(robot__action_space='joint_delta', limits__velocity_max=[1.0])
+    limits = {f'limits__{name}': value for name, value in limit.items()}
+    world = World(robot__action_space='joint_delta', **limits)
     world.put(0 * ramp(0.01) + 0.04)
     world.tick(3)  # 0.12 rad ahead of what was measured
     (safety,) = world.order('pause', True)

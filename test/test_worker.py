@@ -221,14 +221,17 @@ def test_a_step_that_asks_for_a_new_query_is_passed_on_at_once():
 
 
 def test_a_bad_step_costs_neither_the_others_nor_the_query(bench):
-    bad = ObservationError('action_not_finite', 'executed_action.data', [1.0], 'must be finite')
-    for step in ('first', bad, 'last'):
+    bad = [
+        ObservationError('action_not_finite', 'executed_action.data', [1.0], 'must be finite'),
+        ZeroDivisionError('the pruning method broke'),
+    ]
+    for step in ('first', *bad, 'last'):
         bench.worker.observe(step, {})
     bench.submit(1)
-    bench.wait(2)
-    assert bench.errors == [bad]
-    assert bench.failed == [None], 'a bad step is no failed query'
-    assert [step for _, step in calls(bench, 'step')] == ['first', bad, 'last']
+    bench.wait(3)
+    assert bench.errors == bad
+    assert bench.failed == [None, None], 'a bad step is no failed query'
+    assert [step for _, step in calls(bench, 'step')] == ['first', *bad, 'last']
     assert len(bench.results) == 1
 
 

@@ -98,6 +98,18 @@ class ManagedNode(LifecycleNode, ABC):
         self._tear_down()
         return SUCCESS
 
+    def _LifecycleNodeMixin__change_state(self, transition_id: int) -> TransitionCallbackReturn:
+        """rclpy's own, private, made safe for Humble and Jazzy.
+
+        There a transition that does not fit the state, or that there is not, raises where nobody
+        catches it, and the process ends.
+        """
+        try:
+            return super()._LifecycleNodeMixin__change_state(transition_id)
+        except RuntimeError as error:  # rclpy's RCLError is one
+            self._fault('transition', f'transition {transition_id} = refused: {error}')
+            return ERROR
+
     def _attempt(
         self, code: str, act: Callable[[], None], undo: Callable[[], None]
     ) -> TransitionCallbackReturn:

@@ -13,7 +13,8 @@ from collections.abc import Callable
 from typing import Protocol
 
 import rclpy
-from rclpy.exceptions import ParameterException
+from rclpy.clock import Clock, ClockType
+from rclpy.exceptions import InvalidTopicNameException, ParameterException
 from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
 from rclpy.node import Node
 from rclpy.signals import SignalHandlerOptions
@@ -55,6 +56,16 @@ class Paced:
         if now_s >= self._next_s:
             self._next_s = now_s + self._period_s
             self._call()
+
+
+def control_clock(node: Node) -> Clock:
+    """The clock for a node's control loop: simulated time, else one that no one sets back.
+
+    A timer on the system's clock waits until that has caught up with where it was.
+    """
+    if node.get_parameter('use_sim_time').value:
+        return node.get_clock()
+    return Clock(clock_type=ClockType.STEADY_TIME)
 
 
 class Mailbox:
@@ -108,7 +119,7 @@ def spin_process(
         signal.signal(number, lambda *_: stop.set())
     try:
         node = make_node(stop)
-    except (ParameterException, ConfigError) as error:
+    except (ParameterException, ConfigError, InvalidTopicNameException) as error:
         print(error, file=sys.stderr)
         shut_down_rclpy()
         return 2

@@ -200,8 +200,9 @@ class SimNode(Node):
         try:
             cameras, size = tuple(self._value('cameras')), self._value('size')
             arm = self._make(self._value('task'), cameras, size)
-        except SpecPruneError as error:
-            self._fault(error.code, str(error))
+        except Exception as error:  # of LIBERO's files and MuJoCo's models as well
+            own = isinstance(error, SpecPruneError)
+            self._fault(getattr(error, 'code', 'error'), str(error) if own else named(error))
             self._tell({'state': NO_START})
             return
         try:
@@ -233,8 +234,10 @@ class SimNode(Node):
         wanted, self._wanted = self._wanted, None
         try:
             self._begin(arm)
-        except ConfigError as error:
+        except Exception as error:
             wanted.set_exception(error)
+            if not isinstance(error, ConfigError):
+                raise
         else:
             wanted.set_result(f'{arm.task.name}, seed {self._episode["seed"]}: {arm.instruction}')
 

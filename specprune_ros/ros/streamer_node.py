@@ -31,7 +31,7 @@ from specprune_ros.ros import conversions, diagnostics, qos
 from specprune_ros.ros.e_stop import EmergencyStopInput
 from specprune_ros.ros.lifecycle import ManagedNode
 from specprune_ros.ros.params import Parameters, fixed_changes
-from specprune_ros.ros.process import spin_process
+from specprune_ros.ros.process import control_clock, spin_process
 from specprune_ros.ros.streamer_monitor import Arrivals, Monitor
 from specprune_ros.streaming.config import StreamerConfig
 from specprune_ros.streaming.streamer import Command, Output, Safety, Streamer, StreamState
@@ -136,7 +136,8 @@ class StreamerNode(ManagedNode):
             self._subscribe(JointState, JOINTS, self._on_joints, qos.SENSOR)
         elif self._config.stream.output in ROBOT_TOPICS:
             self._subscribe(PoseStamped, POSE, self._on_pose, qos.SENSOR)
-        self._inputs.append(self.create_timer(self._config.robot.step_dt_s, self._on_step))
+        period_s = self._config.robot.step_dt_s
+        self._inputs.append(self.create_timer(period_s, self._on_step, clock=control_clock(self)))
         self._publish_status()
 
     def _halt(self) -> None:
@@ -206,7 +207,7 @@ class StreamerNode(ManagedNode):
     def _on_pose(self, msg: PoseStamped) -> None:
         self._monitor.inputs[POSE].count()
         stamp_ns, pose = self._stamp(POSE, msg), conversions.pose_from_msg(msg)
-        self._streamer.put_pose(stamp_ns, *pose, self._now_ns())
+        self._streamer.put_pose(stamp_ns, *pose, msg.header.frame_id, self._now_ns())
 
     def _on_e_stop(self, on: bool) -> None:
         self._send(self._streamer.e_stop(on, self._now_ns()))

@@ -66,7 +66,11 @@ class Inputs:
         self._node, self._inbox, self._events = node, inbox, events
         self._frame_ids = frame_ids
         self._subscriptions: list = []
-        self._subscribe_all(robot)
+        try:
+            self._subscribe_all(robot)
+        except Exception:  # what was subscribed already would go on for ever
+            self.destroy()
+            raise
 
     def destroy(self) -> None:
         """Unsubscribe."""

@@ -22,6 +22,7 @@ from diagnostic_msgs.msg import DiagnosticArray
 from rcl_interfaces.msg import SetParametersResult
 from rclpy.clock import Clock, ClockType
 from rclpy.exceptions import InvalidTopicNameException
+from rclpy.expand_topic_name import expand_topic_name
 from rclpy.parameter import Parameter
 from rclpy.validate_topic_name import validate_topic_name
 from std_srvs.srv import SetBool
@@ -29,7 +30,7 @@ from std_srvs.srv import SetBool
 from specprune_ros.config import PolicyConfig, PruneConfig
 from specprune_ros.config_files import default_config
 from specprune_ros.errors import ConfigError, ObservationError
-from specprune_ros.health import Health
+from specprune_ros.health import Health, free_gpu_memory
 from specprune_ros.loading import load_policy
 from specprune_ros.msg import VlaStatus
 from specprune_ros.ros import diagnostics, qos, vla_diagnostics
@@ -194,12 +195,12 @@ class VlaNode(ManagedNode):
         self._tasks.destroy()
         super().destroy_node()
 
-    @staticmethod
-    def _check_topics(config: PolicyConfig) -> None:
+    def _check_topics(self, config: PolicyConfig) -> None:
         for topic in config.robot.image_topics().values():
             try:
                 validate_topic_name(topic)
-            except InvalidTopicNameException as error:
+                expand_topic_name(topic, self.get_name(), self.get_namespace())
+            except (InvalidTopicNameException, ValueError, RuntimeError) as error:
                 raise ConfigError('robot.camera_topics', topic, str(error)) from error
 
     def _check_place(self, config: PolicyConfig) -> None:
@@ -246,6 +247,8 @@ class VlaNode(ManagedNode):
         del pipeline
         gc.unfreeze()
         gc.collect()  # the model, and with it the GPU's memory
+        if not self._abandoned:  # beside an inference that hangs this would wait for it
+            free_gpu_memory()
 
     # The task --------------------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ from specprune_ros.health import Health
 from specprune_ros.inbox import NS, Inbox, QueryTrigger
 from specprune_ros.msg import ActionChunk, ModelInfo
 from specprune_ros.ros import conversions, qos
-from specprune_ros.ros.process import Mailbox
+from specprune_ros.ros.process import Mailbox, control_clock
 from specprune_ros.ros.vla_inputs import InputEvents, Inputs, mismatch
 from specprune_ros.ros.vla_model import model_info
 from specprune_ros.ros.vla_once import InferOnceServer
@@ -89,9 +89,6 @@ class Pipeline:
             ModelInfo, '~/model_info', qos.LATCHED, event_callbacks=qos.NO_EVENTS
         )
         self._model.publish(info)
-        self.worker = InferenceWorker(
-            policy, self._on_result, self._on_error, lambda: around.mailbox.post(self._query)
-        )
         self._overlays = OverlayPublisher(
             node,
             lambda: self.config,
@@ -100,6 +97,10 @@ class Pipeline:
             self._frame_ids,
             lambda error: self._on_error(error, None),
             self._on_mismatch,
+        )
+        # Last: a thread, and the model in it, would stay if anything failed after it.
+        self.worker = InferenceWorker(
+            policy, self._on_result, self._on_error, lambda: around.mailbox.post(self._query)
         )
 
     @property
@@ -126,7 +127,8 @@ class Pipeline:
         )
         self._inputs = Inputs(self._node, self.config.robot, self.inbox, events, self._frame_ids)
         poll_s = min(QUERY_POLL_S, 0.5 * self.config.query_period_s)
-        self._timer = self._node.create_timer(poll_s, self._on_timer)
+        clock = control_clock(self._node)
+        self._timer = self._node.create_timer(poll_s, self._on_timer, clock=clock)
 
     def deactivate(self) -> None:
         """Unsubscribe, and forget what came."""

@@ -39,6 +39,8 @@ class CartesianMotion(Motion[Pose]):
             )
         self.columns = np.array([robot.action_names.index(name) for name in moving], int)
         self.limits = Limits.of(config.limits, robot, self.columns, cartesian=True)
+        lags = config.limits.max_tracking_error, config.limits.max_rotation_error
+        self.max_lag = np.repeat(lags, 3)
         self._frame_id, self._dt_s = robot.frame_id, robot.step_dt_s
         self._scale = _scale(config, self.columns)
 
@@ -49,6 +51,12 @@ class CartesianMotion(Motion[Pose]):
     def position(self, base: Pose) -> np.ndarray:
         """[3] m."""
         return base.position
+
+    def lag(self, commanded: Pose, measured: Pose) -> np.ndarray:
+        """[6] m, and the angle between the orientations, rad, three times."""
+        turn = rotation.between(commanded.quaternion, measured.quaternion)
+        angle = np.full(3, np.linalg.norm(turn))
+        return np.concatenate((np.abs(commanded.position - measured.position), angle))
 
     def displacements(self, rows: np.ndarray, base: Pose) -> np.ndarray:
         """[K, 6] m and rad."""
@@ -83,12 +91,12 @@ class PoseMotion(CartesianMotion):
     def hold(self, measured: Measured, now_ns: int, commanded: Pose | None) -> PoseTarget | None:
         """The measured pose; nothing beyond a limit is commanded, not even to stay there.
 
-        Where the limits do not let one step reach it, the point on the way that they do, in the
-        commanded orientation.
+        Where the limits do not let one step reach it, the pose on the way that they do.
         """
         pose = measured.pose(now_ns)
         if commanded is not None:
-            way = np.concatenate((pose.position - commanded.position, np.zeros(3)))
+            turn = rotation.between(commanded.quaternion, pose.quaternion)
+            way = np.concatenate((pose.position - commanded.position, turn))
             move = self.limits.clamp(way, commanded.position, first=False)
             if move is None or not np.array_equal(move, way):
                 pose = self.moved(commanded, np.zeros(6) if move is None else move)

@@ -165,6 +165,12 @@ class LimitConfig:
         'ends until ~/enable',
         low=1e-9, high=10.0, unit='rad or m',
     )  # fmt: skip
+    max_rotation_error: float = setting(
+        0.5,
+        'likewise, greatest angle between the measured orientation and that of the last command, '
+        'where poses are commanded',
+        low=1e-9, high=4.0, unit='rad',
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         check_fields('limits', self)

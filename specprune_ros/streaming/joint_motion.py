@@ -23,6 +23,7 @@ class JointMotion(Motion[np.ndarray]):
         self.names = tuple(arm)
         self.columns = np.array([robot.action_names.index(name) for name in arm], int)
         self.limits = Limits.of(config.limits, robot, self.columns, cartesian=False)
+        self.max_lag = np.full(len(arm), config.limits.max_tracking_error)
         self._absolute = robot.action_space == 'joint_position'
         self._dt_s = robot.step_dt_s
         self._scale = robot.step_dt_s if robot.action_space == 'joint_velocity' else 1.0
@@ -36,6 +37,10 @@ class JointMotion(Motion[np.ndarray]):
     def position(self, base: np.ndarray) -> np.ndarray:
         """[M] the joint positions."""
         return base
+
+    def lag(self, commanded: np.ndarray, measured: np.ndarray) -> np.ndarray:
+        """[M] rad or m."""
+        return np.abs(commanded - measured)
 
     def displacements(self, rows: np.ndarray, base: np.ndarray) -> np.ndarray:
         """[K, M] rad or m."""
@@ -64,7 +69,8 @@ class JointMotion(Motion[np.ndarray]):
     ) -> JointTarget | None:
         """The measured positions; nothing beyond a limit is commanded, not even to stay there.
 
-        The measurement is a little old: as much time is given as the speed limits ask for.
+        The measurement is a little old: as much time is given as the limits of speed and step ask
+        for.
         """
         positions = measured.joints(now_ns)
         if self.limits.outside(positions).any():
@@ -72,7 +78,7 @@ class JointMotion(Motion[np.ndarray]):
         target = self.target(positions, np.zeros(len(positions)))
         if commanded is None:
             return target
-        periods = float((np.abs(positions - commanded) / self.limits.speed_step).max())
+        periods = float((np.abs(positions - commanded) / self.limits.reach).max())
         return dataclasses.replace(target, duration_s=self._dt_s * max(1.0, periods))
 
     def stop(self) -> JointTarget:

@@ -58,6 +58,11 @@ class Limits:
             cartesian=cartesian,
         )
 
+    @property
+    def reach(self) -> np.ndarray:
+        """[M] greatest displacement of one control period."""
+        return np.minimum(self.speed_step, self.max_step)
+
     def outside(self, position: np.ndarray) -> np.ndarray:
         """[P] bool, which elements of a position [P] lie beyond their limits."""
         return (position < self.low) | (position > self.high)
@@ -106,7 +111,7 @@ class Limits:
             [M]; None when the limits exclude each other, as they can for a start outside the
             position limits, and only for that.
         """
-        reach = np.minimum(self.speed_step, self.max_step)
+        reach = self.reach
         if first and self.cartesian:
             move = move.copy()
             move[:3] *= min(1.0, self.initial / max(float(np.linalg.norm(move[:3])), 1e-12))

@@ -24,12 +24,14 @@ class Motion(ABC, Generic[Base]):
 
     Attributes:
         columns: [M] action columns that move the arm.
+        max_lag: [M] greatest `lag` of an arm that follows.
         limits: theirs.
         accumulates: displacements add up from the last command; else each starts from the
             measured state.
     """
 
     columns: np.ndarray
+    max_lag: np.ndarray
     limits: Limits
     accumulates = True
 
@@ -44,6 +46,10 @@ class Motion(ABC, Generic[Base]):
     @abstractmethod
     def position(self, base: Base) -> np.ndarray:
         """[P] what position limits are about."""
+
+    @abstractmethod
+    def lag(self, commanded: Base, measured: Base) -> np.ndarray:
+        """[M] how far the measured state is from the last command, not below 0."""
 
     @abstractmethod
     def displacements(self, rows: np.ndarray, base: Base) -> np.ndarray:

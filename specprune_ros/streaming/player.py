@@ -168,13 +168,12 @@ class ChunkPlayer:
 
     def _check_tracking(self, measured) -> None:
         """An arm that stands still while commands go on would jump to them all at once."""
-        position = self._motion.position
-        behind = np.abs(position(self._commanded) - position(measured))
-        limit = self._config.limits.max_tracking_error
-        if (behind > limit).any():
-            columns = self._motion.columns[np.flatnonzero(behind > limit)]
+        lag, limit = self._motion.lag(self._commanded, measured), self._motion.max_lag
+        behind = np.flatnonzero(lag > limit)
+        if len(behind):
+            columns, worst = self._motion.columns[behind], behind[np.argmax(lag[behind])]
             names = ', '.join(self._config.robot.action_names[column] for column in columns)
-            why = f'{names} are up to {behind.max():.3f} behind, limit {limit:g}'
+            why = f'{names} are up to {lag[worst]:.3f} behind, limit {limit[worst]:g}'
             raise Refusal('tracking_error', why, columns)
 
     def _command(self, due: Due, base, now_ns: int) -> Command:

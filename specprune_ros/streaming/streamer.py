@@ -16,6 +16,7 @@ import numpy as np
 from specprune_ros.health import has_jumped_back
 from specprune_ros.streaming.chunk_checks import rows_of
 from specprune_ros.streaming.config import StreamerConfig
+from specprune_ros.streaming.measured import Measured
 from specprune_ros.streaming.peer import Peer, Status
 from specprune_ros.streaming.player import ChunkPlayer
 from specprune_ros.streaming.queue import NS
@@ -159,12 +160,23 @@ class Streamer:
         stamp_ns: int,
         position_xyz: Sequence[float],
         quaternion_xyzw: Sequence[float],
+        frame_id: str,
         now_ns: int,
     ) -> None:
-        """Take the end effector's pose in robot.frame_id, [3] m and [4]; a bad one is a fault."""
-        self._measure(
-            now_ns, lambda m, now: m.put_pose(stamp_ns, position_xyz, quaternion_xyzw, now)
-        )
+        """Take the end effector's pose, [3] m and [4]; a bad one is a fault, and ignored.
+
+        So is one in another frame than robot.frame_id: a command that starts from it would lead
+        elsewhere, and no limit would notice.
+        """
+        wanted = self._config.robot.frame_id
+
+        def put(measured: Measured, now_ns: int) -> None:
+            if frame_id != wanted:
+                why = f'eef_pose.header.frame_id = {frame_id!r}, robot.frame_id = {wanted!r}'
+                raise Refusal('pose_frame', why)
+            measured.put_pose(stamp_ns, position_xyz, quaternion_xyzw, now_ns)
+
+        self._measure(now_ns, put)
 
     def _measure(self, now_ns: int, put: Callable) -> None:
         now_ns = self._at(now_ns)
