@@ -212,8 +212,9 @@ def keep_ratio(report: PruneReport) -> float:
 
 
 def _uses_gpu() -> bool:
-    torch = sys.modules.get('torch')
-    return torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized()
+    # Another thread may be in the middle of importing torch.
+    cuda = getattr(sys.modules.get('torch'), 'cuda', None)
+    return cuda is not None and cuda.is_available() and cuda.is_initialized()
 
 
 def free_gpu_memory() -> None:

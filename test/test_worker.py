@@ -1,6 +1,7 @@
 """The inference thread with a policy of our own making, and what `/diagnostics` counts."""
 
 import gc
+import sys
 import threading
 import time
 import weakref
@@ -12,7 +13,14 @@ import pytest
 from specprune_ros import health as health_module
 from specprune_ros.config import PruneConfig, RobotConfig, RuntimeConfig
 from specprune_ros.errors import ActionError, ConfigError, ObservationError, SpecPruneError
-from specprune_ros.health import REPEAT_S, Health, Presence, gpu_memory, keep_ratio
+from specprune_ros.health import (
+    REPEAT_S,
+    Health,
+    Presence,
+    free_gpu_memory,
+    gpu_memory,
+    keep_ratio,
+)
 from specprune_ros.inbox import Inbox
 from specprune_ros.types import Mode, PruneReport
 from specprune_ros.worker import (
@@ -727,6 +735,12 @@ def test_figures_of_the_guards():
 
 def test_keep_ratio():
     assert keep_ratio(result().report) == pytest.approx(0.2)
+
+
+def test_a_torch_that_is_being_imported_has_no_gpu_yet(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'torch', SimpleNamespace())
+    assert gpu_memory() == {}
+    free_gpu_memory()
 
 
 def test_no_gpu_no_figures():
