@@ -204,7 +204,7 @@ def test_emergency_stop_overrides_all(world):
     status, result = world.ends(handle, world.stop)
     assert (status, result.termination_reason) == (ABORTED, EndReason.ESTOP)
     assert result.error_code == 611
-    assert world.state is NodeState.STOPPED
+    assert world.reaches(NodeState.STOPPED)
     assert silent(world)
     assert not world.begin().accepted
     assert 'e_stop is true' in world.trigger('reset').message
