@@ -12,9 +12,7 @@ from specprune_ros.images import CameraImage
 from specprune_ros.models.preprocess import Staged
 from specprune_ros.pruning.guard import GuardState
 from specprune_ros.pruning.motion import Motion
-from specprune_ros.types import FRAMES_KEPT
-
-EXECUTED_KEPT = 1024  # executed actions that a report names, while no query comes
+from specprune_ros.types import FRAMES_KEPT, MAX_STEPS
 
 
 @dataclass(eq=False)
@@ -112,5 +110,5 @@ class Episode:
     sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
     absent: set[str] = field(default_factory=set)
     executed: deque[tuple[int, Mapping[str, int]]] = field(
-        default_factory=lambda: deque(maxlen=EXECUTED_KEPT)
+        default_factory=lambda: deque(maxlen=MAX_STEPS)
     )

@@ -17,6 +17,7 @@ import numpy as np
 # Control steps whose images an episode keeps: the reference frame is at most 11 steps old (T of
 # SpecPrune-VLA 4.1.2 at rest).
 FRAMES_KEPT = 12
+MAX_STEPS = 1024  # executed steps kept while no query comes
 
 
 class Mode(IntEnum):

@@ -17,12 +17,11 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 
 from specprune_ros.config import PruneConfig
 from specprune_ros.errors import SpecPruneError, named
-from specprune_ros.types import FRAMES_KEPT, ExecutedAction, Observation, PolicyResult
+from specprune_ros.types import FRAMES_KEPT, MAX_STEPS, ExecutedAction, Observation, PolicyResult
 
 if TYPE_CHECKING:  # the node starts, and says so, where torch is missing
     from specprune_ros.policy import Policy
 
-MAX_STEPS = 1024  # executed steps kept while no query comes
 POLL_S = 0.05  # how often loading looks whether it is given up
 GIVE_WAY_S = 0.5  # longest that spare work waits for inference to pause
 GIVE_WAY_POLL_S = 0.005
