@@ -37,7 +37,8 @@ def fit_robot(config: PolicyConfig, recording: Recording) -> PolicyConfig:
     """The configuration with the cameras and joints that a recording has.
 
     Where all configured cameras were recorded, they are it; else those that were, in the
-    configured order, then the recording's other ones, MAX_CAMERAS in all. Joints, and elements of
+    configured order, then the recording's other ones, MAX_CAMERAS in all; these are turned as all
+    configured ones are, or not at all where those differ. Joints, and elements of
     the end-effector pose: the configured ones if they were recorded, the recorded joints if none
     was.
 
@@ -56,9 +57,13 @@ def fit_robot(config: PolicyConfig, recording: Recording) -> PolicyConfig:
             why = f'holds no end-effector poses (topic eef_pose): the robot needs {missing}'
         raise RecordingError(recording.path, why)
     joints = recording.joint_names if missing else robot.joint_names or recording.joint_names
+    cameras = cameras[:MAX_CAMERAS]
+    turns = robot.per_camera('camera_rotations')
+    other = turns[robot.camera_names[0]] if len({*turns.values()}) == 1 else 0
     fitted = dataclasses.replace(
         robot,
-        camera_names=tuple(cameras[:MAX_CAMERAS]),
+        camera_names=tuple(cameras),
+        camera_rotations=tuple(turns.get(name, other) for name in cameras),
         camera_topics=(),
         camera_transports=robot.camera_transports[:1],
         joint_names=joints,

@@ -95,6 +95,26 @@ def shared_side_policy() -> Policy:
     return make_policy(robot__camera_names=('side',), robot__horizon=4)
 
 
+# A robot as it was recorded --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ('turned', 'recorded', 'expected'),
+    [
+        ([180], ('front', 'wrist'), {'wrist': 180, 'front': 180}),
+        ([180, 0, 0], ('wrist', 'overhead'), {'wrist': 180, 'overhead': 0}),
+        ([180, 0, 180], ('front', 'overhead', 'side'), {'side': 0, 'overhead': 180, 'front': 0}),
+        ([180, 0, 0], ('overhead', 'side', 'wrist'), {'wrist': 180, 'side': 0, 'overhead': 0}),
+    ],
+)
+def test_cameras_keep_their_own_rotation(turned, recorded, expected):
+    config = from_mapping(
+        {'robot.camera_names': ['wrist', 'side', 'overhead'], 'robot.camera_rotations': turned}
+    )
+    robot = fit_robot(config, InMemory([], cameras=recorded)).robot
+    assert robot.per_camera('camera_rotations') == expected
+
+
 # The own bag -----------------------------------------------------------------------------------
 
 

@@ -129,7 +129,7 @@ class LiveRun:
         self.put(
             ('chunk', step), '/arm/vla_node/action_chunk', written_ns,
             'specprune_ros/msg/ActionChunk', written_ns,
-            observation_stamp=make['builtin_interfaces/msg/Time'](0, 0),
+            observation_stamp=make['builtin_interfaces/msg/Time'](*divmod(stamp, NS)),
             step_dt=make['builtin_interfaces/msg/Duration'](0, PERIOD),
             valid_for=make['builtin_interfaces/msg/Duration'](0, PERIOD),
             chunk_id=report.chunk_id, epoch=report.epoch, space=2, names=list(chunk.names),
@@ -270,6 +270,38 @@ def test_a_lost_report_is_told_up_to_the_next_episode(live, computed):
     results = computed(live.without(('report', 7)))
     assert kinds(results) == [PolicyResult, RecordingError, PolicyResult]
     assert 'no report of query 1' in str(results[1])
+
+
+def test_chunks_of_a_restarted_node_are_told_apart(live, computed):
+    # Its epochs and chunk ids begin again: the same numbers, of other observations.
+    make = live.store.types['builtin_interfaces/msg/Time']
+    later = [
+        dataclasses.replace(
+            entry,
+            message=dataclasses.replace(
+                entry.message,
+                observation_stamp=make(entry.message.observation_stamp.sec + 60, 0),
+                data=np.zeros(4 * 7),
+            ),
+            written_ns=entry.written_ns + 60 * NS,
+        )
+        for entry in live.heard
+        if entry.tag[0] == 'chunk'
+    ]
+    assert kinds(computed(live.heard + later)) == 4 * [PolicyResult]
+
+
+def test_a_robot_that_read_other_inputs_is_refused(tmp_path, capsys, live):
+    path = live.write(tmp_path / 'live')
+    path.with_name('live.yaml').unlink()  # models/tiny: another camera, no joints
+    status, told = verify(path, capsys)
+    assert status == 2
+    assert "cameras ('wrist', 'side')" in told
+    assert '--params' in told
+    others = f'robot.camera_names=[{", ".join(CAMERAS)}]', 'robot.joint_names=[]'
+    assert main(['replay', str(path), '--verify', '--set', others[0], '--set', others[1]]) == 2
+    told = ' '.join(capsys.readouterr().err.split())
+    assert '1 messages of state per query, robot.joint_names needs ()' in told
 
 
 def test_recordings_without_decisions_are_refused(tmp_path, capsys):

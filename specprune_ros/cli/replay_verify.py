@@ -26,6 +26,7 @@ from specprune_ros.recordings.decisions import (
 from specprune_ros.types import PolicyResult, PruneReport
 
 if TYPE_CHECKING:
+    from specprune_ros.config import RobotConfig
     from specprune_ros.policy import Policy
 
 # How much later than the report that speaks of it an input may have been written.
@@ -109,6 +110,20 @@ def _lacks(path: str, key: Key) -> RecordingError:
     return RecordingError(path, f'lacks {key[0]} stamped {key[1]} ns, which a query read')
 
 
+def _check_inputs(path: str, decision: Decision, robot: RobotConfig) -> None:
+    """Refuse a robot that reads other inputs than the recorded node did."""
+    cameras, states = decision.report.cameras, len(decision.inputs.proprio_stamps_ns)
+    needed = proprio_inputs(robot)
+    if cameras != robot.camera_names:
+        why = f'cameras {shown(cameras)}, configured are {shown(robot.camera_names)}'
+    elif states != len(needed):
+        why = f'{states} messages of state per query, robot.joint_names needs {shown(needed)}'
+    else:
+        return
+    why = f"was recorded with {why}: name the node's parameters with --params"
+    raise RecordingError(path, why)
+
+
 def outcomes(
     policy: Policy, recording: DecisionRecording
 ) -> Iterator[PolicyResult | Difference | RecordingError]:
@@ -123,10 +138,13 @@ def outcomes(
         difference; or why it cannot be compared, as then all that follow in its episode.
 
     Raises:
-        RecordingError: the recording is damaged, or does not say what was read.
+        RecordingError: the recording is damaged, does not say what was read, or is of a robot with
+            other inputs.
     """
     decisions = recording.decisions()
     proprio = proprio_inputs(policy.config.robot)
+    if decisions:
+        _check_inputs(recording.path, decisions[0], policy.config.robot)
     inputs = RecordedInputs(recording.path, [d.keys(proprio) for d in decisions])
     stream, at = recording.inputs(), -LATE_NS
     state = EpisodeState(policy, recording.path)

@@ -123,7 +123,7 @@ class DecisionRecording:
         reports, actions = [], {}
         for _, kind, written, message in self._bag.messages({self._reports, *self._chunks}):
             if kind == CHUNKS:
-                actions[message.epoch, message.chunk_id] = _actions(message)
+                actions[_chunk_key(message, message.observation_stamp)] = _actions(message)
             else:
                 reports.append((written - self._bag.start_ns, message))
         return [self._decision(written, message, actions) for written, message in reports]
@@ -147,11 +147,16 @@ class DecisionRecording:
                 written_ns=written,
                 report=PruneReport(**_values(message, PruneReport)),
                 inputs=QueryInputs(**_values(message, QueryInputs)),
-                actions=actions.get((message.epoch, message.chunk_id)),
+                actions=actions.get(_chunk_key(message, message.header.stamp)),
             )
         except AttributeError as error:
             why = f'its PruningDiagnostics do not say what the query read ({error})'
             raise RecordingError(self.path, why) from error
+
+
+def _chunk_key(message, observed) -> tuple[int, ...]:
+    """Of a chunk, and of its report: a restarted node counts epochs and chunks anew."""
+    return message.epoch, message.chunk_id, observed.sec, observed.nanosec
 
 
 def _actions(message) -> tuple[np.ndarray, np.ndarray]:
