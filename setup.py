@@ -35,15 +35,16 @@ setup(
     data_files=config_files(),
     entry_points={'console_scripts': ['specprune = specprune_ros.cli:main']},
     install_requires=[
-        'matplotlib',
-        'numpy',
+        # Older ones that an apt ROS brings along would pass for installed.
+        'matplotlib>=3.7',
+        'numpy>=1.22',
         'opencv-python-headless',
         'pyyaml',
-        'rich',
+        'rich>=12.3',
         'rosbags>=0.11',
     ],
     extras_require={
-        'model': ['pillow', 'safetensors', 'simplejpeg', 'transformers>=4.50'],
+        'model': ['pillow>=9.1', 'safetensors', 'simplejpeg', 'transformers>=4.50'],
         # LIBERO's scenes, on Python 3.10 or 3.11 and best in an environment of its own: it pins
         # mujoco 2.3.7 and numpy 1.26.4. Both OpenCVs fill the folder cv2, so they have to agree.
         'sim': [

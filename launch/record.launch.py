@@ -57,6 +57,9 @@ def setup(context: LaunchContext) -> list:
     topics = recorded_topics(config.robot, value['namespace'])
     out = value['out'] or time.strftime('recording_%Y%m%d_%H%M%S')
     out = os.path.abspath(os.path.expanduser(out))
+    for path in (out, f'{out}.yaml', f'{out}.qos.yaml'):
+        if os.path.exists(path):  # rosbag2 would refuse its folder, too late for the other two
+            raise RuntimeError(f'{path} exists: name another with out:=')
     os.makedirs(os.path.dirname(out), exist_ok=True)
     with open(f'{out}.qos.yaml', 'w') as file:
         # safe_dump would write equal profiles as anchors, which rosbag2's reader need not know.

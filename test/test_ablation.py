@@ -402,6 +402,14 @@ def test_there_are_as_many_phases_as_steps_in_a_chunk(trained, config, task):
         run_ablation(trained, config, task, select(['budget']), seeds=9)
 
 
+def test_stages_of_a_replayed_query_cannot_be_compared(trained, config, task):
+    graphs = dataclasses.replace(config.model, cuda_graph='on')
+    with pytest.raises(ConfigError, match=r"model\.cuda_graph = 'on'"):
+        run_ablation(
+            trained, dataclasses.replace(config, model=graphs), task, select(['budget']), seeds=1
+        )
+
+
 @pytest.mark.parametrize('has_actions', [True, False])
 def test_late_keeps_all_but_the_first_steps(recording, has_actions):
     source = Cut(recording, 10, has_actions)

@@ -175,6 +175,18 @@ def test_a_recorded_query_s_one_piece_is_held_against_all_that_it_replaces(resul
     assert sample_of(report, 0.0, graph=0.5).seconds('graph') == 0.5
 
 
+def test_a_pruned_query_beside_a_dense_one_that_is_replayed_has_no_time_per_flop(result):
+    """As when a method's queries cannot be recorded, and dense ones can."""
+    samples = [
+        [sample_of(mine[0].report, *((0.0, 2.0) if v.method == 'none' and index else (1.0,)))]
+        for index, (v, mine) in enumerate(zip(result.lineup.variants, result.samples, strict=True))
+    ]
+    rows = rows_of(dataclasses.replace(result, samples=samples))
+    decoders = [row for row in rows if row.method == 'specprune' and row.stage == 'decoder']
+    known = {row.form.split()[0]: row.against_flops is not None for row in decoders}
+    assert known == {'sdpa': True, 'fused': False}
+
+
 def test_what_pruning_adds_is_told_of_every_pruned_variant_and_adds_up(result):
     parts = breakdown(result)
     variants = {(part.method, part.form) for part in parts}

@@ -315,6 +315,17 @@ def test_record_without_a_recorder_says_what_to_install():
         assert re.search(r'apt install ros-\S+-ros2bag', launched.output())
 
 
+@pytest.mark.parametrize('taken', ['run', 'run.yaml', 'run.qos.yaml'])
+def test_record_leaves_an_earlier_recording_alone(prefix, tmp_path, taken):
+    fake_package(prefix, 'ros2bag')
+    (tmp_path / taken).write_text('of before')
+    with Launched('record', out=tmp_path / 'run') as launched:
+        assert launched.process.wait(30.0) == 1
+        assert f'{tmp_path / taken} exists' in launched.output()
+    assert [path.name for path in tmp_path.glob('run*')] == [taken]
+    assert (tmp_path / taken).read_text() == 'of before'
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('storage', ['mcap', 'sqlite3'])
 def test_record_starts_the_recorder_and_keeps_the_parameters(prefix, tmp_path, storage):

@@ -15,7 +15,7 @@ from specprune_ros.errors import ObservationError, RecordingError
 from specprune_ros.images import as_rgb
 from specprune_ros.offline import run_recording
 from specprune_ros.recordings import open_recording
-from specprune_ros.recordings.bag import camera_name
+from specprune_ros.recordings.bag import BagRecording, camera_name
 from specprune_ros.recordings.base import CameraEvent, InstructionEvent, JointEvent, PoseEvent
 from specprune_ros.types import ActionSpace, ExecutedAction
 
@@ -380,6 +380,22 @@ def test_one_arms_poses_are_taken(tmp_path):
     assert [event.position[0] for event in poses_of(tmp_path / 'bag')] == [1.0]
 
 
+def test_one_arms_control_steps_and_tasks_are_taken(tmp_path):
+    with BagWriter(tmp_path / 'bag') as bag:
+        bag.put_image('/cameras/side/image_raw', 0, picture())
+        for at, arm in enumerate(('right', 'left')):
+            bag.put(f'/{arm}/executed_action', at, bag.action(float(at)))
+            bag.put(f'/{arm}/vla_node/instruction', at, bag.text(f'the {arm} one'))
+            bag.put(f'/{arm}/joint_states', at, bag.joints((arm,), (0.0,)))
+    for namespace, arm in (('', 'left'), ('/right', 'right')):
+        recording = BagRecording(tmp_path / 'bag', namespace=namespace)
+        events = list(recording.events())
+        assert recording.control_steps == 1
+        assert [e.data[0] for e in of_kind(events, ExecutedAction)] == [float(arm == 'left')]
+        assert [e.text for e in of_kind(events, InstructionEvent)] == [f'the {arm} one']
+    assert recording.joint_names == ('right',)
+
+
 def test_empty_action_topic_is_no_action(tmp_path):
     with BagWriter(tmp_path / 'bag') as bag:
         bag.put_image('/cameras/side/image_raw', 0, picture())
@@ -675,7 +691,8 @@ def test_a_task_that_came_as_an_action_is_read_from_the_status(tmp_path, has_top
         if has_topic:
             bag.put('/vla_node/instruction', 7, bag.text('as it was said'))
     texts = [event.text for event in of_kind(read_all(tmp_path / 'live'), InstructionEvent)]
-    assert texts == (['as it was said'] if has_topic else ['open the drawer', 'close it'])
+    # A latched instruction from before does not hide what came as actions.
+    assert texts == [*(['as it was said'] if has_topic else []), 'open the drawer', 'close it']
     given = read_all(tmp_path / 'live', instruction='another')
     assert [event.text for event in of_kind(given, InstructionEvent)] == ['another']
 

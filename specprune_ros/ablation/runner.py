@@ -93,9 +93,12 @@ def run_ablation(
         tick: called after every observation, see `ticks`.
 
     Raises:
-        ConfigError: bad parameters, or the task has fewer seeds.
+        ConfigError: bad parameters, CUDA graphs asked for, or the task has fewer seeds.
         RecordingError: see RecordingTask.run.
     """
+    if config.model.cuda_graph == 'on':
+        raise ConfigError('model.cuda_graph', 'on', 'a replayed query has no stages to compare')
+    config = _with_model(config, cuda_graph='off')
     base = base_of(config.pruning)
     keys = configurations(studies, base)
     figures = {key: [] for key in keys}
@@ -106,7 +109,7 @@ def run_ablation(
     used = [index + (config.model.seed if info.stand_in else 0) for index in range(seeds)]
     for seed in used:
         if info.stand_in and seed != config.model.seed:
-            model = load(_with_weights(config, seed))
+            model = load(_with_model(config, seed=seed))
         panels = _panels(
             model, config, base, keys, closed_loop=task.closed_loop, seed=seed, tick=tick
         )
@@ -135,8 +138,8 @@ def ticks(task: Task, studies: Sequence[Study], base: PruneConfig, seeds: int) -
     return task.queries * seeds * runs
 
 
-def _with_weights(config: PolicyConfig, seed: int) -> PolicyConfig:
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, seed=seed))
+def _with_model(config: PolicyConfig, **values: object) -> PolicyConfig:
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, **values))
 
 
 def _warm_policy(model: VLAModel, config: PolicyConfig, pruning: PruneConfig) -> Policy:

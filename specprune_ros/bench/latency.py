@@ -61,7 +61,8 @@ class Row:
         ratio_low, ratio_high: quartiles of the same.
         kept_static, kept_final: share of visual tokens left by static and by all pruning.
         flops_share: of the decoder, by the model of A.3, against the dense decoder.
-        against_flops: this decoder's time / (dense time in the same form x flops_share).
+        against_flops: this decoder's time / (dense time in the same form x flops_share); None
+            where the dense decoder's is not known, for a graph was replayed.
         floor_ms: least time by the measured ceilings.
         time_to_floor: median / floor.
         action_error_mean, action_error_max: absolute difference of normalised actions to the plain
@@ -249,11 +250,11 @@ def _row(result: Result, index: int, stage: str) -> Row:
 
 
 def _against_flops(result: Result, index: int) -> float | None:
-    """A pruned decoder's time over what its FLOPs leave of the dense one's in the same form."""
+    """See `Row.against_flops`."""
     variants = result.lineup.variants
     form = variants[index].form
     dense = next(i for i, v in enumerate(variants) if (v.method, v.form) == (DENSE, form))
-    if dense == index:
+    if dense == index or not result.samples[dense][0].seconds('decoder'):
         return None
     pairs = zip(result.samples[index], result.samples[dense], strict=True)
     return float(

@@ -54,13 +54,15 @@ TOPIC_TAILS = (
 class BagRecording:
     """Image, joint-state, pose, instruction and executed-action topics of a rosbag2.
 
-    Of several joint-state topics, and of several named `eef_pose`, one is taken.
+    Of each kind but images one topic is taken: a second one may be another arm's.
 
     Args:
         path: the bag's folder, or one .mcap or .db3 file.
         cameras: camera name -> topic; empty finds them: `cameras/<name>/image_raw` is camera
             `<name>`, of any other image topic the last telling word is its name.
-        instruction: the task; empty takes the bag's instruction topic.
+        instruction: the task; empty takes the bag's: of the instruction topic until vla_node's
+            status names a task, then from there, where tasks that came as actions are told, too.
+        namespace: of the nodes, whose topics go before others.
 
     Attributes:
         topics: topic -> message type of all that hold messages.
@@ -71,8 +73,15 @@ class BagRecording:
         MissingDependencyError: rosbags is not installed.
     """
 
-    def __init__(self, path: Path, cameras: dict[str, str] | None = None, instruction: str = ''):
+    def __init__(
+        self,
+        path: Path,
+        cameras: dict[str, str] | None = None,
+        instruction: str = '',
+        namespace: str = '',
+    ):
         self.path = str(path)
+        self._namespace = f'{namespace}/'
         self._instruction = instruction
         with self._reading() as reader:
             types = {c.topic: c.msgtype for c in reader.connections if c.msgcount}
@@ -82,10 +91,11 @@ class BagRecording:
             self.duration_s = reader.duration / 1e9
             self.start_ns = reader.start_time
             self._choose_joints(reader)
-            self._choose_pose()
+            for kind in (POSE, EXECUTED, TEXT, STATUS):
+                self._choose(kind)
             counts = Counter({c.topic: c.msgcount for c in reader.connections})
         self.cameras = tuple(self._images)
-        self._choose_instruction()
+        self.has_poses = POSE in self._others.values()
         actions = sum(counts[t] for t, kind in self._others.items() if kind == EXECUTED)
         self.has_actions = actions > 0
         self.control_steps = actions or max(counts[topic] for topic in self._images.values())
@@ -110,7 +120,7 @@ class BagRecording:
             RecordingError: the data is damaged from here on.
         """
         cameras = {topic: camera for camera, topic in self._images.items()}
-        task = ''
+        task, is_told = '', False  # and whether the status tells it
         for topic, kind, written, message in self.messages({*cameras, *self._others}):
             since, stamp = written - self.start_ns, _header_ns(message)
             if topic in cameras:
@@ -119,11 +129,15 @@ class BagRecording:
                 except ObservationError as error:
                     yield since, stamp, error
             elif kind == STATUS:
+                is_told |= message.instruction != ''
                 if message.instruction not in ('', task) and not self._instruction:
                     task = message.instruction
                     yield since, stamp, InstructionEvent(since, task)
-            elif kind != TEXT or not self._instruction:
+            elif kind != TEXT:
                 yield since, stamp, _CONVERTERS[kind](since, message)
+            elif not self._instruction and not is_told:
+                task = message.data
+                yield since, stamp, InstructionEvent(since, task)
 
     def messages(self, topics: Collection[str]) -> Iterator[tuple[str, str, int, object]]:
         """Topic, type, time of writing (ns) and message of some topics, by that time.
@@ -168,23 +182,20 @@ class BagRecording:
                 names[connection.topic] = tuple(reader.deserialize(raw, JOINTS).name)
         self.joint_names: tuple[str, ...] = ()
         if names:
-            best = max(names, key=lambda t: (t.endswith('/joint_states'), len(names[t])))
+            best = max(names, key=lambda topic: self._joints_rank(topic, len(names[topic])))
             self.joint_names = names.pop(best)
         for topic in names:
             del self._others[topic]
 
-    def _choose_pose(self) -> None:
-        """Take one pose topic, the one of the fewest namespaces: another may be a second arm's."""
-        topics = [topic for topic, kind in self._others.items() if kind == POSE]
-        topics.sort(key=lambda topic: (topic.count('/'), topic))
-        self.has_poses = bool(topics)
+    def _joints_rank(self, topic: str, joints: int) -> tuple:
+        return topic.startswith(self._namespace), topic.endswith('/joint_states'), joints
+
+    def _choose(self, kind: str) -> None:
+        """Take one topic of a type: of the namespace, else the one of the fewest namespaces."""
+        topics = [topic for topic, found in self._others.items() if found == kind]
+        topics.sort(key=lambda t: (not t.startswith(self._namespace), t.count('/'), t))
         for topic in topics[1:]:
             del self._others[topic]
-
-    def _choose_instruction(self) -> None:
-        """Take the instruction topic; the node's status, which repeats the task, without one."""
-        if TEXT in self._others.values():
-            self._others = {t: kind for t, kind in self._others.items() if kind != STATUS}
 
     def _camera_topics(
         self, reader: AnyReader, types: dict[str, str], asked: dict[str, str]
@@ -309,6 +320,5 @@ def _executed_action(stamp: int, message) -> ExecutedAction:
 _CONVERTERS: dict[str, Callable[[int, object], Event]] = {
     JOINTS: _joint_event,
     POSE: _pose_event,
-    TEXT: lambda stamp, message: InstructionEvent(stamp, message.data),
     EXECUTED: _executed_action,
 }

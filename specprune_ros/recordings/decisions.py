@@ -110,9 +110,11 @@ class DecisionRecording:
             raise RecordingError(path, f'holds the decisions of more than one node: {topics}')
         self.path = str(path)
         self._reports = topics[0]
-        cameras = camera_topics(robot, namespace=self._reports.rsplit('/', 2)[0])
-        # Remapped topics are found by their names.
-        self._bag = BagRecording(path, cameras) if {*cameras.values()} <= {*bag.topics} else bag
+        namespace = self._reports.rsplit('/', 2)[0]
+        cameras = camera_topics(robot, namespace)
+        if not {*cameras.values()} <= {*bag.topics}:
+            cameras = {}  # remapped topics are found by their names
+        self._bag = BagRecording(path, cameras, namespace=namespace)
 
     def decisions(self) -> list[Decision]:
         """All recorded queries, in the order of writing.
