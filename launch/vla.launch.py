@@ -19,7 +19,6 @@ from ament_index_python.packages import get_package_share_directory
 from launch.actions import (
     DeclareLaunchArgument,
     EmitEvent,
-    IncludeLaunchDescription,
     LogInfo,
     OpaqueFunction,
     RegisterEventHandler,
@@ -28,7 +27,6 @@ from launch.actions import (
 )
 from launch.event_handlers import OnProcessExit, OnProcessStart
 from launch.events import matches_action
-from launch.launch_description_sources import PythonLaunchDescriptionSource
 from launch.substitutions import LaunchConfiguration
 from launch_ros.actions import LifecycleNode, Node
 from launch_ros.event_handlers import OnStateTransition
@@ -177,7 +175,7 @@ def as_given(overrides: dict[str, object]) -> dict[str, object]:
 
 def started(spec: NodeSpec, value: dict[str, str]) -> list:
     """Actions that run one node."""
-    node = LifecycleNode(parameters=spec.parameters, **process(spec, value))
+    node = LifecycleNode(parameters=spec.parameters, **process(spec.executable, value))
     pending = ['configure', 'activate'] if value['autostart'].lower() == 'true' else []
     handlers = autostart_handlers(node, pending)
     if value['respawn'].lower() == 'true':
@@ -186,13 +184,13 @@ def started(spec: NodeSpec, value: dict[str, str]) -> list:
     return [*map(RegisterEventHandler, handlers), node]
 
 
-def process(spec: NodeSpec, value: dict[str, str]) -> dict[str, object]:
+def process(executable: str, value: dict[str, str]) -> dict[str, object]:
     """What a node's first process and the next ones share."""
     remapped = [word for rule in value['remap'].split() for word in ('-r', rule)]
     return {
         'package': 'specprune_ros',
-        'executable': spec.executable,
-        'name': spec.executable,
+        'executable': executable,
+        'name': executable,
         'namespace': value['namespace'],
         'ros_arguments': ['--log-level', value['log_level'], *remapped],
         'output': 'screen',
@@ -244,7 +242,7 @@ def respawn_handler(
         text = f'{spec.executable} died: it comes back unconfigured and dry'
         parameters = [*spec.parameters, {spec.dry_run: True}]
         again = {'respawn': True, 'respawn_delay': RESPAWN_DELAY_S}
-        successor = Node(parameters=parameters, **process(spec, value), **again)
+        successor = Node(parameters=parameters, **process(spec.executable, value), **again)
         delayed = TimerAction(period=RESPAWN_DELAY_S, actions=[successor])
         return [LogInfo(msg=text), delayed]
 
@@ -260,16 +258,23 @@ def setup(context: LaunchContext) -> list:
     return actions
 
 
-def replay(value: dict[str, str]) -> IncludeLaunchDescription:
-    """The replay, with what it shares with the nodes."""
-    names = ('recording', 'rate', 'loop', 'namespace', 'use_sim_time', 'log_level')
-    arguments = {name: value[name] for name in names}
+def replay(value: dict[str, str]) -> Node:
+    """The replay, on the topics that vla_node reads."""
     robot = load_config(parameter_files(value), vla_overrides(value)).robot
-    arguments['transport'] = robot.camera_transports[0]
-    source = os.path.join(SHARE, 'launch', 'replay.launch.py')
-    return IncludeLaunchDescription(
-        PythonLaunchDescriptionSource(source), launch_arguments=arguments.items()
-    )
+    transport, *others = {*robot.camera_transports}
+    if others:
+        raise RuntimeError(
+            'recording:= plays all cameras alike: give transport:=raw or compressed'
+        )
+    texts = {'recording': value['recording'], 'transport': transport}
+    parameters = {
+        **as_given(texts),
+        'rate': float(value['rate']),
+        'loop': value['loop'].lower() == 'true',
+        'use_sim_time': value['use_sim_time'].lower() == 'true',
+        'image_topics': [f'{name}={topic}' for name, topic in robot.image_topics().items()],
+    }
+    return Node(parameters=[parameters], **process('replay_node', value))
 
 
 def generate_launch_description() -> LaunchDescription:

@@ -90,13 +90,27 @@ def load_config(
     Raises:
         ConfigError: a file is missing or malformed, a name unknown, a value bad.
     """
+    base = PolicyConfig() if base is None else base
+    return from_mapping({**read_parameter_files(files, type(base)), **(overrides or {})}, base)
+
+
+def read_parameter_files(
+    files: Iterable[str | Path], kind: type = PolicyConfig
+) -> dict[str, object]:
+    """Flat name -> value of what files say together, without another node's axes.
+
+    Args:
+        files: as for `load_config`.
+        kind: the configuration that they are for.
+
+    Raises:
+        ConfigError: a file is missing or malformed.
+    """
     values: dict[str, object] = {}
     for name in files:
         values.update(read_parameter_file(find_config(name)))
-    base = PolicyConfig() if base is None else base
-    others = other_nodes_axes(type(base))
-    values = {k: v for k, v in values.items() if k.partition('.')[0] not in others}
-    return from_mapping({**values, **(overrides or {})}, base)
+    others = other_nodes_axes(kind)
+    return {k: v for k, v in values.items() if k.partition('.')[0] not in others}
 
 
 def read_parameter_file(path: Path) -> dict[str, object]:

@@ -623,7 +623,7 @@ def folder(some, summaries, tmp_path_factory):
     """All files of one study."""
     out = tmp_path_factory.mktemp('ablate') / 'made'
     few = dataclasses.replace(some, studies=select(['alpha']))
-    output.prepare(out, out / 'ablation.json')
+    out.mkdir()
     output.write_all(few, summaries, out, out / 'ablation.json')
     return out
 
@@ -685,12 +685,13 @@ def test_plots_show_something(folder):
     assert cv2.imread(str(folder / 'alpha.png')).std() > 10
 
 
-def test_output_that_cannot_be_written_is_told_before_anything_runs(tmp_path):
+@pytest.mark.parametrize('option', ['--out', '--json'])
+def test_output_that_cannot_be_written_is_told_before_anything_runs(tmp_path, capsys, option):
     (tmp_path / 'file').write_text('')
-    with pytest.raises(ConfigError, match='--out'):
-        output.prepare(tmp_path / 'file', tmp_path / 'a.json')
-    with pytest.raises(ConfigError, match='--json'):
-        output.prepare(tmp_path / 'out', tmp_path / 'no' / 'a.json')
+    rest = {'--out': tmp_path / 'out', option: tmp_path / 'file' / 'a.json'}
+    words = [str(word) for pair in rest.items() for word in pair]
+    assert main(['ablate', str(OWN_BAG), '--study', 'budget', *words]) == 2
+    assert f'specprune ablate: {option} = ' in capsys.readouterr().err
 
 
 @pytest.mark.slow

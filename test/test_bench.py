@@ -336,6 +336,21 @@ def test_the_work_command_refuses_what_it_cannot_do(capsys):
         assert word in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ('options', 'refused'),
+    [
+        (['--preprocessing', 'bag', '--json', 'rows.json'], '--json'),
+        (['--preprocessing', 'bag', '--repeats', '3'], '--repeats'),
+        (['--preprocessing', 'bag', '--work'], '--work'),
+        (['--work', '--breakdown'], '--breakdown'),
+        (['--patches', '64'], '--patches'),
+    ],
+)
+def test_options_that_would_say_nothing_are_refused(capsys, options, refused):
+    assert main(['bench', *options]) == 2
+    assert f'{refused} = ' in capsys.readouterr().err
+
+
 def test_a_picture_without_matplotlib_is_refused_before_the_measurement(
     monkeypatch, capsys, tmp_path
 ):

@@ -410,12 +410,35 @@ class TestCommand:
         shown = capsys.readouterr().out
         assert '0/1' in shown
         assert 'specprune' in shown
-        cells = json.loads(table.read_text())['cells']
+        content = json.loads(table.read_text())
+        assert {'hardware', 'specprune', 'torch'} <= set(content['environment'])
+        cells = content['cells']
         assert [(cell['method'], cell['steps']) for cell in cells] == [
             ('dense', None),
             ('specprune', None),
         ]
         assert cv2.imread(str(tmp_path / 'out' / 'success.png')) is not None
+
+    def test_a_changed_parameter_file_is_another_evaluation(self, tmp_path, worlds, capsys):
+        (tmp_path / 'params.yaml').write_text('/**: {ros__parameters: {}}')
+        extra = tmp_path / 'extra.yaml'
+        robot = f'robot: {{camera_names: [wrist, side], joint_names: [{", ".join(JOINTS)}]}}'
+        command = ['eval', str(tmp_path), '--params', str(extra), '--set', 'model.name=tiny']
+        command += ['--workers', '0', '--task', TASKS[0], '--method', 'dense', '--seeds', '1']
+        for alpha, status in (('0.8', 0), ('0.8', 0), ('0.6', 2)):
+            pruning, limits = f'pruning: {{alpha: {alpha}}}', 'limits: {max_step: [1.0]}'
+            extra.write_text(f'/**: {{ros__parameters: {{{robot}, {pruning}, {limits}}}}}')
+            assert main([*command, '--out', str(tmp_path / 'out')]) == status
+        assert 'holds another evaluation' in capsys.readouterr().err
+
+    def test_a_file_that_cannot_be_written_is_told_before_the_episodes(self, tmp_path, capsys):
+        (tmp_path / 'params.yaml').write_text('/**: {ros__parameters: {}}')
+        (tmp_path / 'file').write_text('')
+        table = tmp_path / 'file' / 'table.json'
+        out = tmp_path / 'out'
+        assert main(['eval', str(tmp_path), '--json', str(table), '--out', str(out)]) == 2
+        assert '--json' in capsys.readouterr().err
+        assert not out.exists()
 
     @pytest.mark.parametrize(
         ('option', 'value', 'why'),

@@ -109,13 +109,20 @@ def test_bad_configuration_leaves_the_node_unconfigured(world, parameters, words
         assert process.stop()[0] == 0
 
 
-def test_compressed_cameras_from_a_replay(world):
+def test_a_replay_on_the_topics_of_a_robot_s_own_drivers(world):
+    topics = {name: f'/{name}_driver/color' for name in ('wrist', 'side', 'overhead')}
     parameters = {
-        'robot.camera_names': ['wrist', 'side', 'overhead'],
+        'robot.camera_names': [*topics],
+        'robot.camera_topics': [*topics.values()],
         'robot.camera_transports': ['compressed'],
         'model.threads': 1,
     }
-    replay = {'recording': str(DATA / 'pick_place'), 'transport': 'compressed', 'loop': True}
+    replay = {
+        'recording': str(DATA / 'pick_place'),
+        'transport': 'compressed',
+        'image_topics': [f'{name}={topic}' for name, topic in topics.items()],
+        'loop': True,
+    }
     world.streams.clear()
     with NodeProcess('vla_node', parameters) as node, NodeProcess('replay_node', replay) as source:
         world.lifecycle.wait(40)

@@ -533,6 +533,7 @@ def test_run_writes_videos(tmp_path):
 BAD_ARGUMENTS = {
     'missing recording': (['nowhere/bag'], 'nowhere/bag'),
     'camera not in the bag': ([str(OWN_BAG), '--camera', 'wrist=/nope'], '/nope'),
+    'camera without a topic': ([str(OWN_BAG), '--camera', 'wrist'], 'NAME=TOPIC'),
     'unknown name': ([str(OWN_BAG), '--set', 'pruning.alfa=0.5'], 'pruning.alpha'),
     'no equals sign': ([str(OWN_BAG), '--set', 'pruning.alpha'], 'pruning.alpha=0.6'),
     'out of range': ([str(OWN_BAG), '--set', 'pruning.alpha=9'], 'pruning.alpha'),
@@ -627,6 +628,7 @@ def test_bench_without_repeats(capsys, repeats):
 
 def test_bench_that_cannot_write(tmp_path, capsys):
     """Bug: a traceback after the last measurement, and nothing printed was kept."""
-    path = tmp_path / 'no' / 'rows.json'
+    (tmp_path / 'file').write_text('')
+    path = tmp_path / 'file' / 'rows.json'
     assert main(['bench', '--cameras', '1', '--repeats', '1', '--json', str(path)]) == 2
     assert str(path) in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """Bags, videos and npz observations as recordings, whole and broken."""
 
+import dataclasses
 import random
 import shutil
 from pathlib import Path
@@ -11,9 +12,10 @@ from conftest import DATA, make_policy
 from rosbags.rosbag2 import StoragePlugin, Writer
 from rosbags.typesys import Stores, get_types_from_msg, get_typestore
 
+from specprune_ros.config import PolicyConfig, RobotConfig
 from specprune_ros.errors import ObservationError, RecordingError
 from specprune_ros.images import as_rgb
-from specprune_ros.offline import run_recording
+from specprune_ros.offline import fit_robot, run_recording
 from specprune_ros.recordings import open_recording
 from specprune_ros.recordings.bag import BagRecording, camera_name
 from specprune_ros.recordings.base import CameraEvent, InstructionEvent, JointEvent, PoseEvent
@@ -378,6 +380,25 @@ def test_one_arms_poses_are_taken(tmp_path):
         for x, topic in enumerate(('/b/eef_pose', '/a/eef_pose', '/a/filtered/eef_pose')):
             bag.put(topic, x, bag.pose((x, 0, 0), (0, 0, 0, 1)))
     assert [event.position[0] for event in poses_of(tmp_path / 'bag')] == [1.0]
+
+
+def test_the_robots_topics_say_which_camera_is_which(tmp_path):
+    """Bug: the cameras of such a bag were named by their topics, in the order of these."""
+    with BagWriter(tmp_path / 'bag') as bag:
+        for value, topic in enumerate(('/lab/a/image', '/b/color/image_raw', '/c/image_raw')):
+            bag.put_image(topic, 0, np.full((8, 8, 3), value, np.uint8))
+    names, topics = ('wrist', 'side'), ('/b/color/image_raw', 'a/image')
+    robot = RobotConfig(camera_names=names, camera_topics=topics)
+    recording = open_recording(tmp_path / 'bag', robot=robot)
+    values = {
+        e.camera: e.image.rgb()[0, 0, 0] for e in of_kind([*recording.events()], CameraEvent)
+    }
+    assert values == {'wrist': 1, 'side': 0}
+    config = dataclasses.replace(PolicyConfig(), robot=robot)
+    assert fit_robot(config, recording).robot.camera_names == names
+    absent = dataclasses.replace(robot, camera_topics=('/b/color/image_raw', '/d/image'))
+    assert open_recording(tmp_path / 'bag', robot=absent).cameras == ('a', 'b', 'c')
+    assert open_recording(tmp_path / 'bag').cameras == ('a', 'b', 'c')
 
 
 def test_one_arms_control_steps_and_tasks_are_taken(tmp_path):

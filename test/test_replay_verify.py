@@ -311,6 +311,19 @@ def test_recordings_without_decisions_are_refused(tmp_path, capsys):
     assert main(['replay', str(tmp_path / 'absent'), '--verify']) == 2
 
 
+@pytest.mark.parametrize(
+    ('options', 'refused'),
+    [
+        (['--verify', '--rate', '2'], '--rate'),
+        (['--verify', '--camera', 'wrist=/a'], '--camera'),
+        (['--set', 'pruning.alpha=0.6'], '--set'),
+    ],
+)
+def test_options_that_would_say_nothing_are_refused(capsys, options, refused):
+    assert main(['replay', str(DATA / 'pick_place'), *options]) == 2
+    assert f'{refused} = ' in capsys.readouterr().err
+
+
 def decisions_of(policy: Policy) -> Iterator[tuple]:
     """Everything that two runs of a recording must have in common."""
     policy.reset()

@@ -17,11 +17,11 @@ from specprune_ros.ablation.panel import QueryFigures
 from specprune_ros.ablation.runner import Ablation
 from specprune_ros.ablation.studies import Study
 from specprune_ros.ablation.summary import FIGURES, INTERVAL, Figure, VariantSummary
-from specprune_ros.errors import ConfigError
 from specprune_ros.runlog import MODE_COLORS
 from specprune_ros.types import Mode
 
 PAPER = 'paper, LIBERO closed loop'
+QUERIES = 'queries.csv'
 WIDTH = 120  # columns that a terminal table needs
 STAND_IN_WARNING = (
     'STAND-IN WEIGHTS: recall and action error are meaningless as evidence about a trained model.'
@@ -123,27 +123,10 @@ def write_all(ablation: Ablation, summaries: Summaries, out: Path, json_path: Pa
     """
     tree = without_nan(as_tree(ablation, summaries))
     json_path.write_text(json.dumps(tree, indent=1, allow_nan=False) + '\n')
-    write_csv(ablation, out / 'queries.csv')
+    write_csv(ablation, out / QUERIES)
     (out / 'ablation.md').write_text(markdown(ablation, summaries))
     for study in ablation.studies:
         plot(study, summaries[study.name], ablation, out / f'{study.name}.png')
-
-
-def prepare(out: Path, json_path: Path) -> None:
-    """Make the folder and see that all can be written, before anything is measured.
-
-    Raises:
-        ConfigError: it cannot.
-    """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / 'queries.csv').open('a').close()
-    except OSError as error:
-        raise ConfigError('--out', str(out), f'cannot be written: {error}') from error
-    try:
-        json_path.open('a').close()
-    except OSError as error:
-        raise ConfigError('--json', str(json_path), f'cannot be written: {error}') from error
 
 
 def as_tree(ablation: Ablation, summaries: Summaries) -> dict[str, object]:

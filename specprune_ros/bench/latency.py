@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from specprune_ros import __version__
 from specprune_ros.bench.ceilings import Ceilings, floors_s, measure_ceilings
 from specprune_ros.bench.variants import DENSE, Lineup, Variant, execute_chunk, scene
 from specprune_ros.form_error import FormError, form_error
@@ -306,6 +307,7 @@ def environment(device: torch.device) -> dict[str, str]:
     name = torch.cuda.get_device_name(device) if device.type == 'cuda' else cpu_name()
     return {
         'hardware': name,
+        'specprune': __version__,
         'threads': str(torch.get_num_threads()),
         'python': platform.python_version(),
         'torch': torch.__version__,

@@ -16,6 +16,7 @@ from specprune_ros.cli.options import (
     add_config_arguments,
     add_recording_arguments,
     at_least,
+    check_output,
     config_from,
     recording_from,
 )
@@ -69,8 +70,9 @@ def run(arguments: argparse.Namespace) -> int:
     task, config = _task_from(arguments)
     total = ticks(task, studies, base_of(config.pruning), seeds)
     json_path = arguments.json or arguments.out / 'ablation.json'
+    check_output('out', arguments.out / output.QUERIES)
+    check_output('json', json_path)
     model = load(config)
-    output.prepare(arguments.out, json_path)
     console = Console(width=None if sys.stdout.isatty() else output.WIDTH)
     with Progress(console=console) as progress:
         bar = progress.add_task('queries', total=total)
@@ -99,6 +101,6 @@ def _task_from(arguments: argparse.Namespace) -> tuple[Task, PolicyConfig]:
     from specprune_ros.ablation.task import RecordingTask
     from specprune_ros.offline import fit_robot
 
-    recording = recording_from(arguments)
+    recording = recording_from(arguments, config.robot)
     config = fit_robot(config, recording)
     return RecordingTask(recording, config.robot), config

@@ -13,7 +13,13 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from specprune_ros.cli.options import add_config_arguments, at_least, config_from
+from specprune_ros.cli.options import (
+    add_config_arguments,
+    at_least,
+    check_output,
+    config_from,
+    refuse_given,
+)
 from specprune_ros.config import PolicyConfig
 from specprune_ros.errors import ConfigError, SpecPruneError
 
@@ -90,6 +96,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
     config = config_from(arguments)
+    refuse_unused(arguments)
     if arguments.preprocessing:
         return compare_preprocessing(config, arguments.preprocessing)
     at_least('repeats', arguments.repeats, 1)
@@ -97,6 +104,24 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.work:
         return run_work(arguments, config)
     return run_variants(arguments, config)
+
+
+def refuse_unused(arguments: argparse.Namespace) -> None:
+    """Refuse what the chosen measurement does not look at.
+
+    Raises:
+        ConfigError: that was given.
+    """
+    of_variants = {'breakdown': False, 'profile': False}
+    if arguments.preprocessing:
+        others = {'cameras': None, 'methods': None, 'forms': None, 'work': False, 'patches': None}
+        files = {'csv': None, 'json': None, 'plot': None, 'repeats': REPEATS}
+        why = 'does not go with --preprocessing'
+        refuse_given(arguments, why, {**others, **of_variants, **files})
+    elif arguments.work:
+        refuse_given(arguments, 'does not go with --work', of_variants)
+    else:
+        refuse_given(arguments, 'needs --work', {'patches': None})
 
 
 def run_variants(arguments: argparse.Namespace, config: PolicyConfig) -> int:
@@ -188,7 +213,7 @@ def compare_preprocessing(config: PolicyConfig, path: str) -> int:
     from specprune_ros.policy import Policy
     from specprune_ros.recordings import open_recording
 
-    recording = open_recording(path)
+    recording = open_recording(path, robot=config.robot)
     config = fit_robot(config, recording)
     steps = list(run_recording(Policy.load(config), recording))
     observations = [step[0] for step in steps if isinstance(step, tuple)]
@@ -226,12 +251,8 @@ def check_outputs(arguments: argparse.Namespace) -> None:
         MissingDependencyError: a picture is asked for, and matplotlib is missing.
     """
     for name in ('json', 'csv', 'plot'):
-        path = getattr(arguments, name)
-        try:
-            if path:
-                path.open('a').close()
-        except OSError as error:
-            raise ConfigError(f'--{name}', str(path), f'cannot be written: {error}') from error
+        if path := getattr(arguments, name):
+            check_output(name, path)
     if arguments.plot:
         from specprune_ros.bench.plots import require_matplotlib
 

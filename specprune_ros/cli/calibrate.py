@@ -58,8 +58,8 @@ def run(arguments: argparse.Namespace) -> int:
     rate = _share('false-changes', arguments.false_changes)
     budget = None if arguments.budget is None else _share('budget', arguments.budget)
     console = Console()
-    recording = recording_from(arguments)
     config = config_from(arguments)
+    recording = recording_from(arguments, config.robot)
     out = _made(arguments.out)
 
     def steps(outcomes):

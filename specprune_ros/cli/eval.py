@@ -7,6 +7,7 @@ success.png; table and picture are of all episodes asked for.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -14,10 +15,17 @@ import math
 import os
 import sys
 from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from specprune_ros.cli.options import add_config_arguments, at_least, overrides_from
+from specprune_ros.cli.options import (
+    add_config_arguments,
+    at_least,
+    check_output,
+    overrides_from,
+)
+from specprune_ros.config_files import read_parameter_files
 from specprune_ros.errors import ConfigError
 from specprune_ros.shipped import PARAMS, find_checkpoint
 
@@ -94,6 +102,8 @@ def run(arguments: argparse.Namespace) -> int:
     if workers > (cores := os.cpu_count() or 1):
         raise ConfigError('--workers', workers, f'this machine has {cores} cores')
     plan = plan_from(arguments)
+    if arguments.json:
+        check_output('json', arguments.json)
     films = at_least('videos', arguments.videos, 0)
     missing = [
         job for job in jobs if job[2] < films and not film_path(arguments.out, job).exists()
@@ -116,7 +126,11 @@ def run(arguments: argparse.Namespace) -> int:
     console.print(cell_table(cells, plan.condition))
     plot_cells(cells, arguments.out / 'success.png')
     if arguments.json:
-        content = {'plan': dataclasses.asdict(plan), 'cells': [plain_cell(cell) for cell in cells]}
+        content = {
+            'plan': dataclasses.asdict(plan),
+            'cells': [plain_cell(cell) for cell in cells],
+            'environment': machine(plan),
+        }
         arguments.json.write_text(json.dumps(content, indent=2) + '\n')
     console.print(f'written to {arguments.out}')
     return 0
@@ -137,16 +151,29 @@ def plan_from(arguments: argparse.Namespace) -> Plan:
     if arguments.condition not in CONDITIONS:
         why = f'must be one of {", ".join(CONDITIONS)}'
         raise ConfigError('--condition', arguments.condition, why)
+    given = read_parameter_files(arguments.params)
     # One thread: workers share the machine, and a latency means something beside others.
     fixed = {'model.checkpoint': arguments.checkpoint, 'model.threads': 1}
     return Plan(
-        params=(name, *arguments.params),
+        params=(name,),  # the other files may change, and then it is another evaluation
         weights=digest_of(folder),
-        overrides={**fixed, **overrides_from(arguments)},
+        overrides={**given, **fixed, **overrides_from(arguments)},
         size=at_least('size', arguments.size, 14),
         condition=arguments.condition,
         open_loop_steps=at_least('open_loop_steps', arguments.open_loop_steps, 0),
     )
+
+
+def machine(plan: Plan) -> dict[str, str]:
+    """Hardware and versions that the latest episodes were run with."""
+    from specprune_ros.bench.latency import environment
+    from specprune_ros.models import pick_device
+
+    model = plan.policy_config().model
+    found = {**environment(pick_device(model.device)), 'threads': str(model.threads)}
+    with contextlib.suppress(PackageNotFoundError):
+        found['mujoco'] = version('mujoco')
+    return found
 
 
 def digest_of(folder: Path) -> str:

@@ -57,7 +57,6 @@ def run(arguments: argparse.Namespace) -> int:
 
 def about(queries: Queries) -> About:
     """What the page says of the run as a whole."""
-    from specprune_ros import __version__
     from specprune_ros.bench.latency import environment
     from specprune_ros.explain import About
     from specprune_ros.models import pick_device
@@ -68,7 +67,7 @@ def about(queries: Queries) -> About:
         config=policy.config,
         model=f'{info.name}, {info.parameters / 1e6:,.1f} M weights',
         recording=Path(queries.recording.path).name,
-        environment={'specprune': __version__, 'device': str(device), **environment(device)},
+        environment={'device': str(device), **environment(device)},
     )
 
 

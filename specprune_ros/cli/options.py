@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import yaml
 
-from specprune_ros.config import PolicyConfig
+from specprune_ros.config import PolicyConfig, RobotConfig
 from specprune_ros.config_files import load_config
 from specprune_ros.errors import ConfigError
 
@@ -73,6 +74,36 @@ def at_least(name: str, value: int, least: int) -> int:
     return value
 
 
+def check_output(option: str, path: Path) -> None:
+    """See that a file can be written before the work whose result it is to hold.
+
+    Its folder is made, and the file, empty, if it is absent.
+
+    Raises:
+        ConfigError: it cannot be.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open('a').close()
+    except OSError as error:
+        raise ConfigError(f'--{option}', str(path), f'cannot be written: {error}') from error
+
+
+def refuse_given(arguments: argparse.Namespace, why: str, defaults: dict[str, object]) -> None:
+    """Refuse options that would say nothing.
+
+    Args:
+        why: e.g. 'does not go with --verify'.
+        defaults: name of an argument -> its value when it was not given.
+
+    Raises:
+        ConfigError: one of them was given.
+    """
+    for name, default in defaults.items():
+        if (value := getattr(arguments, name)) != default:
+            raise ConfigError(f'--{name.replace("_", "-")}', value, why)
+
+
 def add_recording_arguments(parser: argparse.ArgumentParser) -> None:
     """The recording and how to read it."""
     parser.add_argument('recording', help='rosbag2 folder or file, .npz observation, or video')
@@ -86,19 +117,28 @@ def add_recording_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--instruction', default='', help="the task instead of the recording's")
 
 
-def recording_from(arguments: argparse.Namespace) -> Recording:
-    """The recording that the arguments name.
+def recording_from(arguments: argparse.Namespace, robot: RobotConfig | None = None) -> Recording:
+    """The recording that the arguments name; `robot` says which topic is which camera.
 
     Raises:
+        ConfigError: --camera does not fit its kind.
         RecordingError: it cannot be read.
     """
-    from specprune_ros.recordings import open_recording
+    from specprune_ros.recordings import BagRecording, VideoRecording, open_recording
 
     topics = dict(text.split('=', 1) for text in arguments.camera if '=' in text)
     names = [text for text in arguments.camera if '=' not in text]
-    return open_recording(
+    recording = open_recording(
         arguments.recording,
         cameras=topics,
         camera=names[0] if names else 'side',
         instruction=arguments.instruction,
+        robot=robot,
     )
+    if isinstance(recording, BagRecording) and names:
+        raise ConfigError('--camera', names[0], 'must be NAME=TOPIC for a bag')
+    if isinstance(recording, VideoRecording) and len(arguments.camera) > len(names[:1]):
+        raise ConfigError('--camera', arguments.camera, 'must be one NAME for a video')
+    if not isinstance(recording, (BagRecording, VideoRecording)) and arguments.camera:
+        raise ConfigError('--camera', arguments.camera, 'says nothing for an .npz')
+    return recording

@@ -52,9 +52,10 @@ class Queries:
 
         self._every = at_least('every', arguments.every, 0)
         self._console = console
-        self.recording = recording_from(arguments)
+        config = config_from(arguments)
+        self.recording = recording_from(arguments, config.robot)
         self.skipped: list[SpecPruneError] = []
-        config = fit_robot(config_from(arguments), self.recording)
+        config = fit_robot(config, self.recording)
         used = config.robot.camera_names
         left_out = [name for name in self.recording.cameras if name not in used]
         if left_out:

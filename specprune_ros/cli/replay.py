@@ -12,6 +12,7 @@ from specprune_ros.cli.options import (
     add_config_arguments,
     add_recording_arguments,
     recording_from,
+    refuse_given,
 )
 from specprune_ros.errors import MissingDependencyError
 from specprune_ros.ros.arguments import ros_arguments
@@ -35,9 +36,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
     if arguments.verify:
+        played = {'rate': 1.0, 'loop': False, 'transport': 'raw', 'camera': [], 'instruction': ''}
+        refuse_given(arguments, 'does not go with --verify', {**played, 'ros_args': []})
         from specprune_ros.cli import replay_verify  # needs OpenCV, which bench runs without
 
         return replay_verify.run(arguments)
+    refuse_given(arguments, 'needs --verify', {'params': [], 'set': []})
     recording = recording_from(arguments)  # fails before any ROS starts
     try:
         from specprune_ros.ros import replay_node

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from specprune_ros.config import RobotConfig
 from specprune_ros.errors import RecordingError
 from specprune_ros.recordings.bag import BagRecording
 from specprune_ros.recordings.base import Recording
 from specprune_ros.recordings.npz import NpzRecording
+from specprune_ros.recordings.topics import recorded_cameras
 from specprune_ros.recordings.video import VideoRecording
 
 BAG_SUFFIXES = ('.mcap', '.db3')
@@ -19,14 +21,17 @@ def open_recording(
     cameras: dict[str, str] | None = None,
     camera: str = 'side',
     instruction: str = '',
+    robot: RobotConfig | None = None,
 ) -> Recording:
     """Open a recording by what its path is.
 
     Args:
         path: a rosbag2 folder or file, an .npz, or a video file.
-        cameras: camera -> topic, for a bag.
+        cameras: camera -> topic, for a bag; empty: the robot's, where the bag holds them all, else
+            they are found, see BagRecording.
         camera: the camera's name, for a video.
         instruction: the task; empty takes the recording's own.
+        robot: that was recorded; its topics say which camera is which.
 
     Raises:
         RecordingError: it does not exist or cannot be read.
@@ -35,7 +40,10 @@ def open_recording(
     if not path.exists():
         raise RecordingError(path, 'no such file or folder')
     if path.is_dir() or path.suffix in BAG_SUFFIXES:
-        return BagRecording(path, cameras, instruction)
+        bag = BagRecording(path, cameras, instruction)
+        own = recorded_cameras(bag.topics, robot) if robot and not cameras else {}
+        is_found = own.items() <= bag.image_topics.items()
+        return bag if is_found else BagRecording(path, own, instruction)
     if path.suffix == '.npz':
         return NpzRecording(path, instruction)
     return VideoRecording(path, camera, instruction)

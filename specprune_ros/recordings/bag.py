@@ -66,6 +66,7 @@ class BagRecording:
 
     Attributes:
         topics: topic -> message type of all that hold messages.
+        image_topics: camera -> its topic.
         start_ns: when the first message was written.
 
     Raises:
@@ -86,7 +87,7 @@ class BagRecording:
         with self._reading() as reader:
             types = {c.topic: c.msgtype for c in reader.connections if c.msgcount}
             self.topics = types
-            self._images = self._camera_topics(reader, types, cameras or {})
+            self.image_topics = self._camera_topics(reader, types, cameras or {})
             self._others = {t: kind for t, kind in types.items() if _is_wanted(t, kind)}
             self.duration_s = reader.duration / 1e9
             self.start_ns = reader.start_time
@@ -94,11 +95,11 @@ class BagRecording:
             for kind in (POSE, EXECUTED, TEXT, STATUS):
                 self._choose(kind)
             counts = Counter({c.topic: c.msgcount for c in reader.connections})
-        self.cameras = tuple(self._images)
+        self.cameras = tuple(self.image_topics)
         self.has_poses = POSE in self._others.values()
         actions = sum(counts[t] for t, kind in self._others.items() if kind == EXECUTED)
         self.has_actions = actions > 0
-        self.control_steps = actions or max(counts[topic] for topic in self._images.values())
+        self.control_steps = actions or max(counts[topic] for topic in self.image_topics.values())
         has_text = any(kind in (TEXT, STATUS) for kind in self._others.values())
         if not instruction and not has_text:
             self._instruction = re.sub(r'[_\-\s]+', ' ', path.stem).strip()
@@ -119,7 +120,7 @@ class BagRecording:
         Raises:
             RecordingError: the data is damaged from here on.
         """
-        cameras = {topic: camera for camera, topic in self._images.items()}
+        cameras = {topic: camera for camera, topic in self.image_topics.items()}
         task, is_told = '', False  # and whether the status tells it
         for topic, kind, written, message in self.messages({*cameras, *self._others}):
             since, stamp = written - self.start_ns, _header_ns(message)

@@ -6,6 +6,8 @@ launch/record.launch.py starts the recorder.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from specprune_ros.config import RobotConfig
 
 # rosbag2's words for a subscription's quality of service. Best effort and volatile take from any
@@ -44,6 +46,30 @@ def camera_topics(robot: RobotConfig, namespace: str = '') -> dict[str, str]:
         camera: full_name(topic, namespace) + suffix[transports[camera]]
         for camera, topic in robot.image_topics().items()
     }
+
+
+def recorded_cameras(
+    topics: Collection[str], robot: RobotConfig, namespace: str | None = None
+) -> dict[str, str]:
+    """Camera -> the topic that the robot's vla_node read, where a recording holds all of these.
+
+    Args:
+        topics: that were recorded.
+        robot: names the cameras.
+        namespace: of the node; None: unknown, then one topic alone must end as the camera's.
+
+    Returns:
+        Empty where one is missing, or not the only one.
+    """
+    found = {}
+    names = robot.image_topics()
+    for camera, topic in camera_topics(robot, namespace or '').items():
+        anywhere = namespace is None and not names[camera].startswith('/')
+        fits = [one for one in topics if one == topic or (anywhere and one.endswith(topic))]
+        if len(fits) != 1:
+            return {}
+        found[camera] = fits[0]
+    return found
 
 
 def recorded_topics(robot: RobotConfig, namespace: str = '') -> dict[str, dict[str, object]]:

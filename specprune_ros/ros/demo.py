@@ -66,8 +66,11 @@ def run(arguments: argparse.Namespace, console: Console) -> list[str]:
     """Run the demo; returns what went wrong."""
     if arguments.chunks < 1:
         raise ConfigError('--chunks', arguments.chunks, 'must be at least 1')
-    recording = open_recording(arguments.recording, instruction=arguments.instruction)
-    config = fit_robot(load_config(arguments.params or PARAMS), recording)
+    config = load_config(arguments.params or PARAMS)
+    recording = open_recording(
+        arguments.recording, instruction=arguments.instruction, robot=config.robot
+    )
+    config = fit_robot(config, recording)
     log = RunLog(arguments.out)
     params = arguments.out / 'params.yaml'
     write_params(config, params)

@@ -18,6 +18,7 @@ from rclpy.node import Node
 from sensor_msgs.msg import CompressedImage, Image, JointState
 from std_msgs.msg import String
 
+from specprune_ros.config import RobotConfig
 from specprune_ros.errors import ConfigError, ObservationError, SpecPruneError
 from specprune_ros.health import Health
 from specprune_ros.images import CompressedImage as EncodedImage
@@ -41,7 +42,7 @@ NS = 1_000_000_000
 JPEG_QUALITY = 90
 POLL_S = 0.05
 STOP_S = 1.0
-TRANSPORTS = {'raw': (Image, 'image_raw'), 'compressed': (CompressedImage, 'image_raw/compressed')}
+TRANSPORTS = {'raw': (Image, ''), 'compressed': (CompressedImage, '/compressed')}
 
 
 class ReplayNode(Node):
@@ -95,6 +96,12 @@ class ReplayNode(Node):
         declare('instruction', '', "the task instead of the recording's")
         declare('camera', 'side', "a video's camera name")
         declare('cameras', [''], 'cameras of a bag by topic, as name=topic; empty: all there are')
+        declare(
+            'image_topics',
+            [''],
+            "the robot's cameras as name=topic, without transport: what is played where, and, "
+            'where a bag holds all of them, which topic is which camera',
+        )
         declare('instruction_topic', 'vla_node/instruction', 'where the instruction goes')
         declare(
             'wait_for_subscriber_s', 10.0, 'wait this long for an image subscriber', 0.0, 600.0
@@ -103,6 +110,19 @@ class ReplayNode(Node):
 
     def _value(self, name: str):
         return self.get_parameter(name).value
+
+    def _pairs(self, name: str) -> dict[str, str]:
+        """What a parameter of the form name=topic says."""
+        return dict(text.split('=', 1) for text in self._value(name) if '=' in text)
+
+    def _robot(self) -> RobotConfig | None:
+        """The cameras that are known by their topics."""
+        topics = self._pairs('image_topics')
+        if not topics:
+            return None
+        names, topics = zip(*topics.items(), strict=True)
+        transports = (self._value('transport'),)
+        return RobotConfig(camera_names=names, camera_topics=topics, camera_transports=transports)
 
     def _run(self) -> None:
         try:
@@ -127,12 +147,12 @@ class ReplayNode(Node):
             raise ConfigError('recording', path, 'names no recording')
         if transport not in TRANSPORTS:
             raise ConfigError('transport', transport, 'must be raw or compressed')
-        cameras = dict(text.split('=', 1) for text in self._value('cameras') if '=' in text)
         recording = open_recording(
             path,
-            cameras=cameras,
+            cameras=self._pairs('cameras'),
             camera=self._value('camera'),
             instruction=self._value('instruction'),
+            robot=self._robot(),
         )
         self.get_logger().info(
             f'{path}: {recording.duration_s:.1f} s, cameras {", ".join(recording.cameras)}, '
@@ -143,9 +163,11 @@ class ReplayNode(Node):
         return recording
 
     def _make_publishers(self, recording: Recording) -> None:
-        kind, leaf = TRANSPORTS[self._value('transport')]
+        kind, suffix = TRANSPORTS[self._value('transport')]
+        topics = self._pairs('image_topics')
         for name in recording.cameras:
-            self._sinks[name] = self.create_publisher(kind, f'cameras/{name}/{leaf}', qos.RELIABLE)
+            base = topics.get(name, f'cameras/{name}/image_raw')
+            self._sinks[name] = self.create_publisher(kind, base + suffix, qos.RELIABLE)
         topic = self._value('instruction_topic')
         self._sinks['/joints'] = self.create_publisher(JointState, JOINTS, qos.RELIABLE)
         if recording.has_poses:
