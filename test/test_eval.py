@@ -23,7 +23,7 @@ from specprune_ros.sim import evaluate as evaluating
 from specprune_ros.sim.closed_loop import LiberoTask
 from specprune_ros.sim.comparison import compare, discordant, mcnemar
 from specprune_ros.sim.conditions import CONDITIONS
-from specprune_ros.sim.evaluate import Conditioned, Plan, Result, pruning_of, read_results
+from specprune_ros.sim.evaluate import LATER, Conditioned, Plan, Result, pruning_of, read_results
 from specprune_ros.sim.film import STILL_FRAMES
 from specprune_ros.sim.found import share_left
 from specprune_ros.types import Mode, Observation, PolicyResult, PruneReport
@@ -58,8 +58,8 @@ class Still:
 
     config = None
 
-    def __init__(self, action: float = 0.0):
-        self._action = action
+    def __init__(self, action: float = 0.0, mode: Mode = Mode.FINE):
+        self._action, self._mode = action, mode
 
     def reset(self):
         pass
@@ -67,7 +67,7 @@ class Still:
     def infer(self, observation):
         report = PruneReport(
             stamp_ns=observation.stamp_ns, chunk_id=0, epoch=1, method='', budget='', alpha=1.0,
-            mode=Mode.FINE, mode_reason='', tokens_total=np.array([40, 60]),
+            mode=self._mode, mode_reason='', tokens_total=np.array([40, 60]),
             tokens_static=np.array([20, 20]), tokens_kept=np.array([10, 20]),
             cameras=('wrist', 'side'), grid_rows=np.array([5, 6]), grid_cols=np.array([8, 10]),
             reason=np.ones(100, np.uint8), pruned_after_layer=WENT, static_layer=2,
@@ -153,7 +153,7 @@ class TestShareLeft:
     def test_a_ledger_of_before_can_still_be_read(self, tmp_path, worlds):
         list(evaluating.evaluate(tmp_path, PLAN, [(TASKS[0], 'dense', 0)], workers=0))
         path = tmp_path / 'episodes.csv'
-        rows = [line.rsplit(',', 5)[0] for line in path.read_text().splitlines()]
+        rows = [line.rsplit(',', len(LATER))[0] for line in path.read_text().splitlines()]
         path.write_text('\n'.join(rows) + '\n')
         (one,) = read_results(tmp_path)
         assert np.isnan((one.object_static, one.flops, one.recall_kept)).all()
@@ -418,6 +418,16 @@ class TestCommand:
             ('specprune', None),
         ]
         assert cv2.imread(str(tmp_path / 'out' / 'success.png')) is not None
+
+    def test_queries_whose_pruning_failed_are_told(self, tmp_path, worlds, capsys, monkeypatch):
+        (tmp_path / 'params.yaml').write_text('/**: {ros__parameters: {}}')
+        command = ['eval', str(tmp_path), '--workers', '0', '--seeds', '1', '--task', TASKS[0]]
+        for name, mode, told in (('a', Mode.FINE, False), ('b', Mode.FALLBACK, True)):
+            monkeypatch.setattr(evaluating, '_policy', lambda plan, method, m=mode: Still(mode=m))
+            assert main([*command, '--out', str(tmp_path / name)]) == 0
+            assert {one.fallback for one in read_results(tmp_path / name)} == {float(told)}
+            words = 'specprune: 100.0% of the queries ran dense because pruning failed'
+            assert (words in capsys.readouterr().out) == told
 
     def test_a_changed_parameter_file_is_another_evaluation(self, tmp_path, worlds, capsys):
         (tmp_path / 'params.yaml').write_text('/**: {ros__parameters: {}}')

@@ -877,7 +877,7 @@ class TestSimulator:
             assert np.array_equal(image.rgb(), now[name])
             assert not np.array_equal(image.rgb(), after[name])
 
-    def test_a_disturbed_scene_looks_different_until_it_is_set_right(self, env):
+    def test_a_disturbed_scene_looks_different_until_it_is_set_right(self, env, monkeypatch):
         env.reset(0)
         before = env.images()
 
@@ -888,12 +888,18 @@ class TestSimulator:
 
         dark, moved = seen(Disturbance(light=0.5)), seen(Disturbance(camera_m=0.02))
         elsewhere = seen(Disturbance(camera_m=0.02), seed=1)
+        with monkeypatch.context() as patch:
+            patch.setattr(env, 'task', find_task('object_shuffled/0'))
+            env.disturb(Disturbance(camera_m=0.02), 0)
+        env.reset(0)
+        other_task = env.images()
         turned = seen(Disturbance(camera_rad=0.03))
         for name, image in before.items():
             assert dark[name].mean() < 0.8 * image.mean()
             assert not np.array_equal(moved[name], image)
             assert not np.array_equal(turned[name], image)
             assert not np.array_equal(moved[name], elsewhere[name]), 'another way by another seed'
+            assert not np.array_equal(moved[name], other_task[name]), 'and in another task'
         again = seen(Disturbance())
         assert all(np.array_equal(again[name], image) for name, image in before.items())
 

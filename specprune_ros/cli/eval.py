@@ -124,6 +124,10 @@ def run(arguments: argparse.Namespace) -> int:
     order = {method: index for index, method in enumerate(methods)}
     cells = compare(sorted(results, key=lambda one: order[one.method]), methods[0])
     console.print(cell_table(cells, plan.condition))
+    for cell in cells:
+        if cell.fallback > 0 and not cell.task:
+            why = f'{cell.fallback:.1%} of the queries ran dense because pruning failed'
+            console.print(f'{cell.method}: {why}', style='yellow')
     plot_cells(cells, arguments.out / 'success.png')
     if arguments.json:
         content = {

@@ -25,8 +25,8 @@ class Cell:
         steps: of the successful ones, mean; NaN without.
         latency_ms: of a query, median over episodes.
         kept, static, fine, action_error: see Result, means.
-        object_static, object_kept, flops, recall_static, recall_kept: likewise, of the episodes
-            that have them.
+        object_static, object_kept, flops, recall_static, recall_kept, fallback: likewise, of the
+            episodes that have them.
         won, lost: episodes that only this method, or only the reference, solved; None for the
             reference itself.
         p_value: two-sided, of the exact test on these; None likewise.
@@ -49,6 +49,7 @@ class Cell:
     flops: float
     recall_static: float
     recall_kept: float
+    fallback: float
     won: int | None
     lost: int | None
     p_value: float | None

@@ -104,6 +104,8 @@ class Result:
         recall_static, recall_kept: share left of the patches that a dense inference on the same
             observation finds important, after static pruning and at the end, see
             `recall.kept_recall`.
+        fallback: share of the queries that ran dense because pruning failed: they are not the
+            method's, and should be none.
     """
 
     task: str
@@ -122,10 +124,11 @@ class Result:
     flops: float = math.nan
     recall_static: float = math.nan
     recall_kept: float = math.nan
+    fallback: float = math.nan
 
 
 # Fields that a ledger of before does not have.
-LATER = ('object_static', 'object_kept', 'flops', 'recall_static', 'recall_kept')
+LATER = ('object_static', 'object_kept', 'flops', 'recall_static', 'recall_kept', 'fallback')
 
 Job = tuple[str, str, int]  # task, method, seed
 
@@ -315,6 +318,7 @@ def result_of(job: Job, end: Mapping[str, float], policy: Conditioned) -> Result
         flops=_mean([report.flops_share for report in reports]),
         recall_static=recall_static,
         recall_kept=recall_kept,
+        fallback=_mean([report.mode == Mode.FALLBACK for report in reports]),
     )
 
 

@@ -214,14 +214,14 @@ class LiberoEnv:
 
         Args:
             disturbance: from the scene as it is.
-            seed: which way each camera is moved and turned.
+            seed: of the episode: which way each camera is moved and turned, another one per task.
         """
         import mujoco
 
         model = self._env.env.sim.model._model
         for name, value in self._undisturbed.items():
             getattr(model, name)[:] = value
-        rng = np.random.default_rng(seed)
+        rng = seed_stream(seed, split='disturbance', task=self.task.name)
         for name in self.cameras:
             camera = model.camera(CAMERAS[name])
             camera.pos[:] += disturbance.camera_m * _direction(rng)
