@@ -19,6 +19,7 @@ specprune=.venv-sim/bin/specprune
 NETWORK=shipped/libero_small # which is seed_0 of stage_train
 SHUFFLED=(object_shuffled/{0..3})
 GOALS=(libero_goal/{1,4,6,8})
+STEPS=5000 # of a run, as config/train/libero.yaml has it
 EARLIER='[4000,4500]' # checkpoints of one run
 EPISODES=50 # per task
 FIXED=specprune:budget=fixed
@@ -62,6 +63,21 @@ ended() {
   running=()
 }
 
+trained() { # FOLDER STEP: an interrupted run leaves a checkpoint, too
+  if [ ! -e "$out/$1/action_head--$2_checkpoint.pt" ]; then
+    echo "evidence: $out/$1 is no network of step $2: has its training ended?" >&2
+    exit 1
+  fi
+}
+
+shipped() { # FOLDER: earlier steps of another run would pass for the shipped network's
+  local digest='.venv/bin/python scripts/evidence_tables.py --weights'
+  if [ "$($digest "$out/$1")" != "$($digest)" ]; then
+    echo "evidence: $out/$1 is not $NETWORK" >&2
+    exit 1
+  fi
+}
+
 evaluate() { # CHECKPOINT, NAME, then arguments
   local checkpoint=$1 name=$2
   shift 2
@@ -84,8 +100,9 @@ stage_train() {
 }
 
 stage_controls() { # what a network learns that is never shown images, or never told what to do
-  beside train grey --set data.withheld=images
-  beside train mute --set data.withheld=instruction
+  # Which patches are there must not tell it where the object is: none are spared.
+  beside train grey --set data.withheld=images --set fit.token_spared=0.0
+  beside train mute --set data.withheld=instruction --set fit.token_spared=0.0
   ended
 }
 
@@ -95,8 +112,10 @@ stage_gates() {
     evaluate "$NETWORK" "gate_$condition" --method dense --task "${SHUFFLED[@]}" \
       --condition $condition
   done
+  trained grey/checkpoint $STEPS
   evaluate "$out/grey/checkpoint" gate_trained_grey --method dense --task "${SHUFFLED[@]}" \
     --condition grey
+  trained mute/checkpoint $STEPS
   evaluate "$out/mute/checkpoint" gate_trained_mute --method dense --task "${SHUFFLED[@]}" \
     --condition withheld
   evaluate "$NETWORK" gate_goal_grey --method dense --task "${GOALS[@]}" \
@@ -119,7 +138,13 @@ stage_goal() {
 
 stage_seeds() {
   local run
+  trained seed_0/checkpoint $STEPS
+  shipped seed_0/checkpoint
   for run in seed_1/checkpoint seed_2/checkpoint seed_0/step_4000 seed_0/step_4500; do
+    case $run in
+      */checkpoint) trained "$run" $STEPS ;;
+      *) trained "$run" "${run##*_}" ;;
+    esac
     evaluate "$out/$run" "main_${run%/*}_${run#*/}" --task "${SHUFFLED[@]}" \
       --method dense $FIXED random:budget=fixed
   done
@@ -131,6 +156,7 @@ stage_spared() { # networks that did without the named object's patches, too: wh
   beside train spared_50 --set fit.token_spared=0.5
   ended
   for percent in 0 50; do
+    trained "spared_$percent/checkpoint" $STEPS
     evaluate "$out/spared_$percent/checkpoint" spared_$percent --task "${SHUFFLED[@]}" \
       --method dense $FIXED random:budget=fixed
   done

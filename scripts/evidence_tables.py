@@ -2,7 +2,7 @@
 
 python scripts/evidence_tables.py           # rewrites the document
 python scripts/evidence_tables.py --ros EPISODES.csv ROS/*/episodes.json   # makes ros.json
-python scripts/evidence_tables.py --weights # digest of what ships
+python scripts/evidence_tables.py --weights [FOLDER] # digest of it, or of what ships
 
 SPECPRUNE_FIGURES names another folder than docs/evidence.
 """
@@ -190,13 +190,13 @@ TABLES: dict[str, tuple[tuple[Column, ...], list[Row]]] = {
         ],
     ),
     'k': (
-        (*PAIRED, RECALL),
+        (*PAIRED, *KEPT, RECALL),
         [
             study('K_global 5 (20 of 256)', 'k_global=5'),
-            study('K_global 8 (30), K_local 6, K_dynamic 5', ''),
+            study('K_global 8 (30), coarse K_local 6, K_dynamic 5', ''),
             study('K_global 10 (40)', 'k_global=10'),
-            study('K_local 3, K_dynamic 4', 'k_local_coarse=3,k_dynamic_coarse=4'),
-            study('K_local 9, K_dynamic 8', 'k_local_coarse=9,k_dynamic_coarse=8'),
+            study('coarse K_local 3, K_dynamic 4', 'k_local_coarse=3,k_dynamic_coarse=4'),
+            study('coarse K_local 9, K_dynamic 8', 'k_local_coarse=9,k_dynamic_coarse=8'),
         ],
     ),
     'readings': (
@@ -389,7 +389,7 @@ def main() -> int:
         (FIGURES / ROS).write_text(json.dumps(content, indent=1) + '\n')
         return 0
     if sys.argv[1:2] == ['--weights']:
-        print(weights())
+        print(digest_of(Path(sys.argv[2])) if sys.argv[2:] else weights())
         return 0
     check_weights(FIGURES, weights())
     DOCUMENT.write_text(filled(DOCUMENT.read_text(), FIGURES))

@@ -52,6 +52,8 @@ out=/out specprune=false
 train() {{ :; }}
 beside() {{ :; }}
 ended() {{ :; }}
+trained() {{ :; }}
+shipped() {{ :; }}
 {settings}
 {stages}
 evaluate() {{

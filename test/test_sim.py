@@ -672,7 +672,7 @@ class TestClosedLoop:
     def test_a_policy_s_own_episode_becomes_still_scenes_until_it_lifts_something(self):
         world, policy = CrowdedWorld(), Scripted(None, horizon=1)
         policy.world, policy.config = world, SimpleNamespace(robot=ROBOT)
-        kept = roll_out(world, policy, layout_recipe(), seed=5, every=3)
+        kept = roll_out(world, policy, layout_recipe(every=3), seed=5)
         assert world.resets == [(5, 'train')], 'held-out episodes are not learnt from'
         lifted = world._step
         assert len(kept.images) == 1 + (lifted - 1) // 3

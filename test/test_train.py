@@ -70,10 +70,10 @@ def some_layouts(count: int, seed: int) -> Layouts:
     )
 
 
-def write_layouts(folder, count: int, seed: int) -> None:
+def write_layouts(folder, count: int, seed: int, split: str = 'train') -> None:
     folder.mkdir()
     recipe = LayoutRecipe(
-        cameras=CAMERAS, size=SIZE, split='train', detail_m=0.008, proprio_names=PROPRIO_NAMES
+        cameras=CAMERAS, size=SIZE, split=split, detail_m=0.008, proprio_names=PROPRIO_NAMES
     )
     import json
 
@@ -109,7 +109,7 @@ def write_demos(folder, size: int = SIZE, task: str = 'object_shuffled/1', names
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp('data')
     write_layouts(root / 'layouts', 12, seed=1)
-    write_layouts(root / 'gate', 6, seed=2)
+    write_layouts(root / 'gate', 6, seed=2, split='eval')
     write_demos(root / 'demos')
     return root
 
@@ -258,8 +258,8 @@ class TestPatchLabels:
     def test_patches_around_a_centre_tell_it(self):
         pixels = torch.full((1, 1, 2, 2), -100.0)
         pixels[0, 0, 1] = torch.tensor([20.0, 7.0])  # the second patch of the first row
-        kind, offset = patch_labels(pixels, 28)
-        assert kind.tolist() == [[2, 2, 0, 2]] or kind.tolist() == [[2, 2, 2, 2]]
+        kind, offset = patch_labels(pixels, 56)
+        assert kind.reshape(4, 4).tolist() == [[2, 2, 0, 0]] * 2 + [[0] * 4] * 2
         np.testing.assert_allclose(offset[0, 1], [20 / 14 - 1.5, 0.0], atol=1e-6)
 
     def test_nothing_is_asked_where_nothing_is_known(self):
@@ -495,6 +495,38 @@ def test_what_is_spared_needs_a_dropout():
     with pytest.raises(ConfigError, match=r'fit\.token_spared = 0.5'):
         FitConfig(token_spared=0.5)
     FitConfig(token_spared=0.5, token_dropout=0.1)
+
+
+@pytest.mark.parametrize('withheld', ['images', 'instruction'])
+def test_a_control_is_not_told_the_object_by_which_patches_are_there(withheld):
+    """Bug: networks without images, or words, read in training where the spared patches were."""
+    spared = FitConfig(token_spared=0.5, token_dropout=0.1)
+    with pytest.raises(ConfigError, match=r'fit\.token_spared = 0.5'):
+        TrainConfig(data=DataConfig(withheld=withheld), fit=spared)
+    TrainConfig(data=DataConfig(withheld=withheld), fit=FitConfig(token_dropout=0.1))
+
+
+@pytest.mark.parametrize(
+    ('field', 'folder', 'split'),
+    [('gate', 'layouts', 'eval'), ('layouts', 'gate', 'train')],
+)
+def test_held_out_scenes_are_not_learnt(folders, field, folder, split):
+    path = str(folders / folder)
+    change = {field: path if field == 'gate' else (str(folders / 'layouts'), path)}
+    with pytest.raises(ConfigError, match=rf"data\.{field} = .*, not '{split}'"):
+        load_training_set(dataclasses.replace(data_config(folders), **change))
+
+
+def test_curves_are_cut_where_a_killed_run_goes_on(folders, data, tmp_path):
+    trainer = make_trainer(folders, data, tmp_path)
+    trainer.measure()
+    trainer.save()
+    trainer.step += 1  # killed before the next checkpoint
+    trainer.measure()
+    again = make_trainer(folders, data, tmp_path)
+    again.measure()
+    lines = (tmp_path / CURVES).read_text().splitlines()
+    assert [line.partition(',')[0] for line in lines] == ['step', '0', '0']
 
 
 def test_spared_patches_go_last():

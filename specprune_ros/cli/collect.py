@@ -7,6 +7,7 @@ interrupted one stopped. The format is described in specprune_ros/sim/dataset.py
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
 import os
 import sys
@@ -134,6 +135,8 @@ def run_rollouts(
     arguments: argparse.Namespace, workers: int, console: Console, progress: Progress
 ) -> int:
     """Collect still scenes from a policy's episodes."""
+    from specprune_ros.cli.eval import digest_of
+    from specprune_ros.shipped import find_checkpoint
     from specprune_ros.sim.closed_loop import check_robot
     from specprune_ros.sim.rollouts import collect_rollouts, policy_config
     from specprune_ros.sim.tasks import SHUFFLED, WANTED
@@ -144,13 +147,15 @@ def run_rollouts(
             raise ConfigError('--task', name, f'only {SHUFFLED} has still scenes')
     check_robot(policy_config(arguments.rollouts).robot)
     jobs, frames = [(name, seed) for name in tasks for seed in range(arguments.episodes)], 0
-    recipe = layout_recipe_from(arguments)
-    every = at_least('every', arguments.every, 1)
+    recipe = dataclasses.replace(
+        layout_recipe_from(arguments),
+        policy=digest_of(find_checkpoint(arguments.rollouts)),
+        every=at_least('every', arguments.every, 1),
+    )
     with progress:
         bar = progress.add_task('episodes', total=len(jobs))
-        for some in collect_rollouts(
-            arguments.out, recipe, arguments.rollouts, jobs, every=every, workers=workers
-        ):
+        work = collect_rollouts(arguments.out, recipe, arguments.rollouts, jobs, workers=workers)
+        for some in work:
             frames += some
             progress.update(bar, advance=1, description=f'episodes, {frames} new frames')
     console.print(f'written to {arguments.out}')

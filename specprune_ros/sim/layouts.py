@@ -51,13 +51,20 @@ CLEAR_M, TALL_M = 0.075, 0.17  # of a low hand to the objects around it; above t
 
 @dataclass(frozen=True, kw_only=True)
 class LayoutRecipe:
-    """What all shards of a folder share; see dataset.Recipe."""
+    """What all shards of a folder share; see dataset.Recipe.
+
+    Attributes:
+        policy: digest of the one in whose episodes the scenes are, '' where they are drawn.
+        every: control steps of it from one scene to the next, 0 likewise.
+    """
 
     cameras: tuple[str, ...]
     size: int
     split: str
     detail_m: float
     proprio_names: tuple[str, ...]
+    policy: str = ''
+    every: int = 0
     drawing: int = DRAWING
     format: int = FORMAT
 

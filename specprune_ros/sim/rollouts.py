@@ -35,12 +35,11 @@ class Recorder:
 
     Args:
         env: a shuffled task.
-        recipe: what to keep.
-        every: control steps from frame to frame.
+        recipe: what to keep, and how often.
     """
 
-    def __init__(self, env: Environment, recipe: LayoutRecipe, every: int):
-        self._env, self._recipe, self._every = env, recipe, every
+    def __init__(self, env: Environment, recipe: LayoutRecipe):
+        self._env, self._recipe = env, recipe
         self._rows: dict[str, list] = {}
         self._heights: dict[str, float] = {}
         self._over = False
@@ -61,7 +60,7 @@ class Recorder:
         state = self._env.step(action)
         changes = [abs(z - self._heights[name]) for name, z in self._heights_of(state).items()]
         self._over |= max(changes) > UPRIGHT_M
-        if not self._over and state.step % self._every == 0:
+        if not self._over and state.step % self._recipe.every == 0:
             self._keep(state)
         return state
 
@@ -91,16 +90,14 @@ class Recorder:
         self._rows['pixels'].append(self._env.pixels(names))
 
 
-def roll_out(
-    env: Environment, policy: Driven, recipe: LayoutRecipe, seed: int, every: int
-) -> Layouts:
+def roll_out(env: Environment, policy: Driven, recipe: LayoutRecipe, seed: int) -> Layouts:
     """Frames of one episode of a policy.
 
     Raises:
         ConfigError: see LiberoTask.
         ObservationError, ActionError: see Policy.infer.
     """
-    recorder = Recorder(env, recipe, every)
+    recorder = Recorder(env, recipe)
     list(LiberoTask(recorder, policy.config.robot).run(policy, seed))
     return recorder.frames()
 
@@ -111,7 +108,6 @@ def collect_rollouts(
     checkpoint: str,
     jobs: Sequence[tuple[str, int]],
     *,
-    every: int,
     workers: int,
 ) -> Iterator[int]:
     """Make the episodes that a folder lacks.
@@ -121,7 +117,6 @@ def collect_rollouts(
         recipe: of the folder.
         checkpoint: of the policy, with its params.yaml; it runs dense.
         jobs: task and seed of every episode that the folder is to have.
-        every: control steps from frame to frame.
         workers: processes; 0 works in this one.
 
     Yields:
@@ -134,7 +129,7 @@ def collect_rollouts(
     open_layouts(folder, recipe)
     todo = [job for job in jobs if not _path(folder, job).exists()]
     yield from [0] * (len(jobs) - len(todo))
-    work = functools.partial(_write_episode, folder, recipe, checkpoint, every)
+    work = functools.partial(_write_episode, folder, recipe, checkpoint)
     yield from in_workers(work, [(job,) for job in todo], workers)
 
 
@@ -144,12 +139,12 @@ def _path(folder: Path, job: tuple[str, int]) -> Path:
 
 
 def _write_episode(
-    folder: Path, recipe: LayoutRecipe, checkpoint: str, every: int, job: tuple[str, int]
+    folder: Path, recipe: LayoutRecipe, checkpoint: str, job: tuple[str, int]
 ) -> int:
     task, seed = job
     policy = _policy(checkpoint)
     env = _environment(task, recipe.cameras, recipe.size, recipe.detail_m)
-    frames = roll_out(env, policy, recipe, seed, every)
+    frames = roll_out(env, policy, recipe, seed)
     write_shard(_path(folder, job), frames)
     return len(frames.images)
 

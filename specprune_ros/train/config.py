@@ -153,3 +153,8 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     network: NetworkConfig = field(default_factory=NetworkConfig)
     fit: FitConfig = field(default_factory=FitConfig)
+
+    def __post_init__(self) -> None:
+        if self.data.withheld != 'nothing' and self.fit.token_spared:
+            why = f'which patches are there tells the object, data.withheld = {self.data.withheld}'
+            raise ConfigError('fit.token_spared', self.fit.token_spared, why)

@@ -8,7 +8,7 @@ from pathlib import Path
 from specprune_ros.train.trainer import CURVES
 
 PANELS = {
-    'losses': ('action', 'target', 'flag', 'patch'),
+    'losses': ('action', 'target', 'flag', 'patch', 'words'),
     'named object is the nearest (share)': ('nearest',),
     'place of the named object (mm)': ('error_mm',),
     'heading (degrees)': ('heading_deg',),

@@ -63,7 +63,8 @@ class TrainingSet:
         named: [K] index in `objects` of what an instruction names.
         cameras: V names.
         demos, layouts, gate: frames.
-        action_bounds, proprio_bounds: normalisation, from demos and layouts.
+        action_bounds: normalisation, from demos.
+        proprio_bounds: likewise, from demos and layouts.
         episodes: demonstrations.
         grey: images are withheld: all of them show GREY.
     """
@@ -128,7 +129,7 @@ class _Reader:
         self.names = recipe.proprio_names
         for folder in config.demos:
             self._check('data.demos', folder, read_recipe(Path(folder)))
-        for field, folders in (('layouts', config.layouts[1:]), ('gate', (config.gate,))):
+        for field, folders in (('layouts', config.layouts), ('gate', (config.gate,))):
             for folder in folders:
                 self._check(f'data.{field}', folder, read_layout_recipe(Path(folder)))
         unknown = [name for name in config.proprio if name not in self.names]
@@ -140,6 +141,9 @@ class _Reader:
         self.instructions = tuple(_instruction(name) for name in config.tasks)
 
     def _check(self, field: str, folder: str, recipe: object) -> None:
+        split = 'eval' if field == 'data.gate' else 'train'  # else held-out scenes are learnt
+        if recipe.split != split:
+            raise ConfigError(field, folder, f'is of the split {recipe.split!r}, not {split!r}')
         for name in ('cameras', 'size', 'proprio_names'):
             wanted = {'cameras': self.cameras, 'size': self.size, 'proprio_names': self.names}
             if getattr(recipe, name) != wanted[name]:

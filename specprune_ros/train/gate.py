@@ -7,6 +7,7 @@ goes already. In a still scene with a random hand only image and words do.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 from specprune_ros.train.data import TARGET_UNIT_M, TrainingSet, make_batch
 from specprune_ros.train.network import AuxiliaryHeads, Network
 
+FAR = 3 / 8  # of the way that unit commands make in a chunk
 CHUNK = 25  # scenes at a time
 
 
@@ -28,7 +30,7 @@ class Gate:
         error_mm: horizontal distance from that place to the named object, median.
         action_error: L1 of the normalised chunk, all elements alike.
         heading_deg: angle between the chunk's horizontal motion and the right one, median of
-            hands that are 5 cm or more from the grasp.
+            the hands whose right chunk goes far: 3/8 of the longest way or more; NaN without any.
     """
 
     nearest: float
@@ -97,7 +99,7 @@ def _figures(
     motion, right = (
         data.action_bounds.unnormalize(a)[..., :2].sum(axis=1) for a in (actions, wanted)
     )
-    far = np.linalg.norm(right, axis=1) > 3.0  # unit commands, 8 steps of them
+    far = np.linalg.norm(right, axis=1) > FAR * wanted.shape[1]
     cosine = (motion * right).sum(axis=1) / np.maximum(
         np.linalg.norm(motion, axis=1) * np.linalg.norm(right, axis=1), 1e-9
     )
@@ -106,5 +108,5 @@ def _figures(
         nearest=float(np.mean(nearest)),
         error_mm=1000 * float(np.median(error)),
         action_error=float(np.abs(actions - wanted).mean()),
-        heading_deg=float(np.median(angles)) if far.any() else 0.0,
+        heading_deg=float(np.median(angles)) if far.any() else math.nan,
     )

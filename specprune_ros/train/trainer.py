@@ -240,11 +240,21 @@ class Trainer:
                 optimizer.load_state_dict(values)
             self.step, self.seconds = state['step'], state['seconds']
             self.smooth = state['smooth']
+            self._cut_curves()
             self.data = self._with_bounds(state['bounds'])
         except ConfigError:
             raise
         except Exception as error:  # zip, pickle and torch each raise their own
             raise CheckpointError(f'{path}: cannot be gone on with: {error}') from error
+
+    def _cut_curves(self) -> None:
+        """Drop what was measured after the checkpoint: it is measured again."""
+        path = self.folder / CURVES
+        if not path.exists():
+            return
+        header, *lines = path.read_text().splitlines(keepends=True)
+        kept = [line for line in lines if int(line.partition(',')[0]) <= self.step]
+        path.write_text(''.join([header, *kept]))
 
     def _with_bounds(self, bounds: dict) -> TrainingSet:
         """The data normalised as before: more may have been collected since."""
