@@ -15,10 +15,10 @@ VERSION = re.search(
 ).group(1)
 
 
-def config_files() -> list[tuple[str, list[str]]]:
-    """The files of config/, for the folder below the prefix where colcon puts them too."""
+def shared_files() -> list[tuple[str, list[str]]]:
+    """Configuration and messages, for the folder below the prefix where colcon puts them too."""
     folders: dict[str, list[str]] = {}
-    for path in sorted((ROOT / 'config').rglob('*.*ml')):
+    for path in sorted([*(ROOT / 'config').rglob('*.*ml'), *(ROOT / 'msg').glob('*.msg')]):
         relative = path.relative_to(ROOT)
         folders.setdefault(f'share/specprune_ros/{relative.parent}', []).append(str(relative))
     return list(folders.items())
@@ -32,7 +32,7 @@ setup(
     python_requires='>=3.10',
     packages=find_packages(include=['specprune_ros', 'specprune_ros.*']),
     package_data={'specprune_ros': ['explain.html', 'checkpoints/*/*']},
-    data_files=config_files(),
+    data_files=shared_files(),
     entry_points={'console_scripts': ['specprune = specprune_ros.cli:main']},
     install_requires=[
         # Older ones that an apt ROS brings along would pass for installed.

@@ -196,7 +196,7 @@ def find_config(name: str | Path) -> Path:
     path = Path(name)
     if path.is_file():
         return path
-    roots = config_roots()
+    roots = shipped_folders('config')
     for root in roots:
         for candidate in (root / path, root / f'{path}.yaml'):
             if candidate.is_file():
@@ -210,10 +210,15 @@ def find_config(name: str | Path) -> Path:
     )
 
 
-def config_roots() -> list[Path]:
-    """Folders that may hold the shipped config/: the checkout's, then the installed ones."""
+def shipped_folders(name: str) -> list[Path]:
+    """Folders of this name that ship: the checkout's, then the installed ones.
+
+    colcon names its prefixes; pip's is above where it put the package, for `--user`, too.
+    """
     prefixes = [Path(p) for p in os.environ.get('AMENT_PREFIX_PATH', '').split(os.pathsep) if p]
-    checkout = Path(__file__).resolve().parent.parent
-    roots = [checkout / 'config'] if (checkout / 'package.xml').is_file() else []
-    roots += [p / 'share' / 'specprune_ros' / 'config' for p in (*prefixes, Path(sys.prefix))]
-    return [root for root in roots if root.is_dir()]
+    here = Path(__file__).resolve()
+    checkout = here.parent.parent
+    roots = [checkout / name] if (checkout / 'package.xml').is_file() else []
+    prefixes += [*here.parents[2:], Path(sys.prefix)]
+    roots += [prefix / 'share' / 'specprune_ros' / name for prefix in prefixes]
+    return [root for root in dict.fromkeys(roots) if root.is_dir()]

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from specprune_ros.policy import Policy
 
 COMMANDS = {
+    'cv2': 'pip install opencv-python-headless',
+    'yaml': 'pip install pyyaml',
     'torch': 'pip install torch (pytorch.org names the build for your GPU)',
     'transformers': 'pip install "transformers>=4.50"',
     'simplejpeg': 'pip install simplejpeg',

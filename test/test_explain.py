@@ -383,16 +383,36 @@ def test_failed_run_leaves_no_empty_page(tmp_path):
 
 
 @pytest.mark.slow
-def test_wheel_holds_the_template(tmp_path):
-    source = tmp_path / 'source'
+def test_what_pip_installs_is_whole(tmp_path):
+    source, prefix = tmp_path / 'source', tmp_path / 'prefix'
     source.mkdir()
     for name in ('setup.py', 'pyproject.toml', 'package.xml'):
         shutil.copy(ROOT / name, source)
-    for name in ('specprune_ros', 'config'):
+    for name in ('specprune_ros', 'config', 'msg'):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns('__pycache__'))
-    command = [sys.executable, 'setup.py', '-q', 'install_lib', '--install-dir', 'installed']
-    subprocess.run(command, cwd=source, check=True, capture_output=True)
-    assert (source / 'installed' / 'specprune_ros' / 'explain.html').is_file()
+    place = prefix / 'lib' / 'python3' / 'site-packages'
+    commands = (['install_lib', f'--install-dir={place}'], ['install_data', f'-d{prefix}'])
+    for command in commands:
+        setup = [sys.executable, 'setup.py', '-q', *command]
+        subprocess.run(setup, cwd=source, check=True, capture_output=True)
+    assert (place / 'specprune_ros' / 'explain.html').is_file()
+    code = """
+from rosbags.typesys import Stores, get_typestore
+import specprune_ros
+from specprune_ros.config_files import find_config
+from specprune_ros.recordings.bag import register_own_messages
+store = get_typestore(Stores.ROS2_HUMBLE)
+register_own_messages(store)
+known = 'specprune_ros/msg/VlaStatus' in store.types
+print(specprune_ros.__file__, find_config('models/tiny'), known)
+"""
+    environment = {**os.environ, 'PYTHONPATH': str(place), 'AMENT_PREFIX_PATH': ''}
+    told = subprocess.run(
+        [sys.executable, '-c', code], cwd=tmp_path, env=environment, check=True,
+        capture_output=True, text=True,
+    ).stdout.split()  # fmt: skip
+    assert [path.startswith(str(prefix)) for path in told[:2]] == [True, True], told
+    assert told[2] == 'True'
 
 
 # Browser ---------------------------------------------------------------------------------------

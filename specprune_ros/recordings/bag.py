@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from specprune_ros.config_files import shipped_folders
 from specprune_ros.errors import (
     MissingDependencyError,
     ObservationError,
@@ -252,14 +252,9 @@ def register_own_messages(typestore) -> None:
     """Teach a `rosbags` typestore this package's messages (bags from Humble do not carry them)."""
     from rosbags.typesys import get_types_from_msg
 
-    here = Path(__file__).resolve()
-    # checkout: <root>/msg; install: <prefix>/lib/.../site-packages, <prefix>/share/...
-    roots = [here.parents[2] / 'msg', Path(sys.prefix) / 'share' / 'specprune_ros' / 'msg']
-    roots += [parent / 'share' / 'specprune_ros' / 'msg' for parent in here.parents]
     for name in OWN_MESSAGES:
-        file = next(
-            (root / f'{name}.msg' for root in roots if (root / f'{name}.msg').is_file()), None
-        )
+        files = [root / f'{name}.msg' for root in shipped_folders('msg')]
+        file = next((path for path in files if path.is_file()), None)
         if file is not None:
             typestore.register(get_types_from_msg(file.read_text(), f'specprune_ros/msg/{name}'))
 
