@@ -1,9 +1,11 @@
 """Parameters from a recording: valleys of speeds, noise of still patches, K and layers."""
 
 import dataclasses
+import gc
 import itertools
 import json
 import math
+import weakref
 from dataclasses import dataclass
 
 import cv2
@@ -921,6 +923,25 @@ def test_scores_are_those_of_the_method(policy):
     assert first.similarity is None
     assert second.similarity.shape == (2, 256)
     assert second.confidence.shape == (len(policy.model.decoder.layers),)
+
+
+def test_a_long_recording_does_not_pile_up_runs(policy):
+    """Bug: every run was kept by the next one, with its scores on the device."""
+    policy.reset()
+    recorder, runs = ScoreRecorder(policy.config.pruning), weakref.WeakSet()
+    begin = recorder.begin
+
+    def watched(context):
+        runs.add(run := begin(context))
+        return run
+
+    recorder.begin = watched
+    scan = RecordingScan(Policy(policy.model, policy.config, method=recorder))
+    for step in range(4):
+        scan.infer(make_observation(8 * step))
+    gc.collect()
+    assert len(recorder.records) == 4
+    assert len(runs) <= 1
 
 
 def test_scan_compares_new_pictures_only(policy):

@@ -71,8 +71,11 @@ class _ScoreRun(PruneRun):
             self._records.append(self._record())
 
     def memory(self) -> object:
-        """Whatever is not None tells the next query that it follows."""
-        return self
+        """Something, to tell the next query that it follows.
+
+        Not the run itself, which would keep all runs before it.
+        """
+        return True
 
     def _record(self) -> QueryScores:
         similarity = self.context.similarity
