@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from pathlib import Path
 
 import cv2
@@ -12,6 +11,7 @@ import numpy as np
 from rich.table import Table
 
 from specprune_ros.errors import ConfigError
+from specprune_ros.outputs import new_figure, plain
 from specprune_ros.types import ActionChunk, Mode, PruneReport
 
 MASKS = ('reason', 'pruned_after_layer', 'important')
@@ -101,7 +101,7 @@ class RunLog:
         plot_queries(self.reports, self.out / 'queries.png')
         figures = summary(self.reports)
         figures['skipped'] = len(self.skipped)
-        (self.out / 'summary.json').write_text(json.dumps(figures, indent=2) + '\n')
+        (self.out / 'summary.json').write_text(json.dumps(plain(figures), indent=2) + '\n')
         return summary_table(figures)
 
 
@@ -110,17 +110,8 @@ def report_line(report: PruneReport) -> str:
     values = {}
     for spec in dataclasses.fields(report):
         if spec.name not in MASKS:
-            value = getattr(report, spec.name)
-            plain = value.tolist() if isinstance(value, np.ndarray) else value
-            values[spec.name] = _without_nan(plain)
+            values[spec.name] = plain(getattr(report, spec.name))
     return json.dumps(values, allow_nan=False)
-
-
-def _without_nan(value: object) -> object:
-    """JSON knows no NaN: what is unknown becomes null."""
-    if isinstance(value, list):
-        return [_without_nan(element) for element in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def summary(reports: list[PruneReport]) -> dict[str, object]:
@@ -195,13 +186,10 @@ def _percent(shares: list[float]) -> str:
 
 def plot_queries(reports: list[PruneReport], path: Path) -> None:
     """Kept tokens, mode and latency per query, as a picture."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.patches import Patch
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(9, 6.5), layout='constrained')
-    FigureCanvasAgg(figure)
+    figure = new_figure(9, 6.5)
     heights = {'height_ratios': (3, 2, 2)}
     tokens, speed, latency = figure.subplots(3, sharex=True, gridspec_kw=heights)
     query = np.arange(len(reports))

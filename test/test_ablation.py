@@ -35,6 +35,7 @@ from specprune_ros.config_files import from_mapping
 from specprune_ros.errors import ConfigError, ObservationError, RecordingError
 from specprune_ros.models import load
 from specprune_ros.offline import fit_robot
+from specprune_ros.outputs import plain
 from specprune_ros.recall import kept_recall, own_recall, supplemented_recall
 from specprune_ros.recordings import open_recording
 from specprune_ros.recordings.base import CameraEvent
@@ -128,7 +129,7 @@ def values(summaries: list[VariantSummary], figure: str) -> list[float]:
 def without_latency(row: QueryFigures) -> dict[str, object]:
     """NaN as None, so that equal rows are equal."""
     fields = dataclasses.asdict(row).items()
-    return {k: output.without_nan(v) for k, v in fields if k not in LATENCIES}
+    return {k: plain(v) for k, v in fields if k not in LATENCIES}
 
 
 # Studies ---------------------------------------------------------------------------------------

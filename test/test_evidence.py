@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from specprune_ros.cli.eval import plain_cell
 from specprune_ros.config import PruneConfig
+from specprune_ros.outputs import plain
 from specprune_ros.sim.comparison import compare
 from specprune_ros.sim.evaluate import pruning_of, read_results
 
@@ -132,7 +132,7 @@ def test_every_file_says_what_its_episodes_say(tables):
         results = read_results(folder)
         order = list(dict.fromkeys(one['method'] for one in content['cells']))
         results.sort(key=lambda one: order.index(one.method))
-        cells = [plain_cell(one) for one in compare(results, order[0])]
+        cells = [plain(one) for one in compare(results, order[0])]
         for got, wanted in zip(content['cells'], cells, strict=True):
             for name, value in wanted.items():  # sums depend on the order of the episodes
                 assert got[name] == pytest.approx(value), (folder.name, name)

@@ -17,6 +17,7 @@ from specprune_ros.ablation.panel import QueryFigures
 from specprune_ros.ablation.runner import Ablation
 from specprune_ros.ablation.studies import Study
 from specprune_ros.ablation.summary import FIGURES, INTERVAL, Figure, VariantSummary
+from specprune_ros.outputs import new_figure, plain
 from specprune_ros.runlog import MODE_COLORS
 from specprune_ros.types import Mode
 
@@ -121,7 +122,7 @@ def write_all(ablation: Ablation, summaries: Summaries, out: Path, json_path: Pa
         out: folder, which exists.
         json_path: where the JSON goes.
     """
-    tree = without_nan(as_tree(ablation, summaries))
+    tree = plain(as_tree(ablation, summaries))
     json_path.write_text(json.dumps(tree, indent=1, allow_nan=False) + '\n')
     write_csv(ablation, out / QUERIES)
     (out / 'ablation.md').write_text(markdown(ablation, summaries))
@@ -175,15 +176,6 @@ def _study_tree(study: Study, summaries: Sequence[VariantSummary]) -> dict[str, 
     }
 
 
-def without_nan(value: object) -> object:
-    """JSON knows no NaN: what is unknown becomes null."""
-    if isinstance(value, dict):
-        return {key: without_nan(element) for key, element in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [without_nan(element) for element in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def write_csv(ablation: Ablation, path: Path) -> None:
     """One line per study, variant, seed and query; an empty cell is unknown."""
     names = [spec.name for spec in dataclasses.fields(QueryFigures)]
@@ -193,7 +185,7 @@ def write_csv(ablation: Ablation, path: Path) -> None:
         for study in ablation.studies:
             for variant in study.variants:
                 for row in ablation.figures[variant.configured(ablation.base)]:
-                    values = (without_nan(getattr(row, name)) for name in names)
+                    values = (plain(getattr(row, name)) for name in names)
                     writer.writerow([study.name, variant.name, *values])
 
 
@@ -248,11 +240,7 @@ def plot(
     study: Study, summaries: Sequence[VariantSummary], ablation: Ablation, path: Path
 ) -> None:
     """Bars per variant with their spread, and the modes, as a picture."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure as Picture
-
-    picture = Picture(figsize=(15, 1.8 + 0.6 * len(summaries)), layout='constrained')
-    FigureCanvasAgg(picture)
+    picture = new_figure(15, 1.8 + 0.6 * len(summaries))
     axes = picture.subplots(1, len(PANELS) + 1, sharey=True)
     for axis, (title, names, factor) in zip(axes, PANELS, strict=False):
         _bars(axis, summaries, names, factor)

@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING
 from specprune_ros.bench.latency import TOTAL, Row
 from specprune_ros.bench.variants import DENSE
 from specprune_ros.errors import MissingDependencyError
+from specprune_ros.outputs import new_figure
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
     from specprune_ros.bench.work import Point
 
 STAGES = ('preprocess', 'vision', 'projector', 'decoder', 'graph', 'head')  # that add up
@@ -37,7 +36,7 @@ def require_matplotlib() -> None:
 def plot_rows(rows: Sequence[Row], title: str, path: Path) -> None:
     """Stacked stages of every variant beside its floor, one panel per number of cameras."""
     cameras = sorted({row.cameras for row in rows})
-    figure = _figure(4.6 * len(cameras) + 1.5, 5.0)
+    figure = new_figure(4.6 * len(cameras) + 1.5, 5.0)
     panels = figure.subplots(1, len(cameras), squeeze=False)[0]
     for axis, count in zip(panels, cameras, strict=True):
         _stack(axis, [row for row in rows if row.cameras == count])
@@ -74,7 +73,7 @@ def plot_work(points: Sequence[Point], title: str, path: Path) -> None:
     fields = ('decoder_ms', 'total_ms')
     if any(point.decoder_ms is None for point in points):  # recorded in one piece
         fields = ('total_ms',)
-    figure = _figure(5 * len(fields), 4.4)
+    figure = new_figure(5 * len(fields), 4.4)
     panels = figure.subplots(1, len(fields), squeeze=False)[0]
     for axis, field in zip(panels, fields, strict=True):
         for index, alpha in enumerate(sorted({p.alpha for p in points}, key=lambda a: a or 0)):
@@ -91,12 +90,3 @@ def plot_work(points: Sequence[Point], title: str, path: Path) -> None:
     panels[0].legend(fontsize=8)
     figure.suptitle(title, fontsize=9)
     figure.savefig(path, dpi=100)
-
-
-def _figure(width: float, height: float) -> Figure:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout='constrained')
-    FigureCanvasAgg(figure)
-    return figure

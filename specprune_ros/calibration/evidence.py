@@ -11,6 +11,7 @@ from specprune_ros.calibration.budget import KSearch
 from specprune_ros.calibration.layers import LayerSearch
 from specprune_ros.calibration.noise import CameraNoise
 from specprune_ros.calibration.thresholds import SpeedValley
+from specprune_ros.outputs import new_figure
 
 NOW, PROPOSED = '#d55e00', '#0072b2'
 PAPER = {'coarse': ((12, 15), (24, 20), (36, 30)), 'fine': ((40, 10),)}
@@ -117,11 +118,6 @@ def plot_layers(search: LayerSearch, now: tuple[int, ...], note: str, path: Path
 
 def _figure(rows: int, cols: int, title: str):
     """A figure and its [rows, cols] axes, drawn without a display."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    size = (5.0 * cols + 1.0, 2.4 * rows + 2.0)
-    figure = Figure(figsize=size, layout='constrained')
-    FigureCanvasAgg(figure)
+    figure = new_figure(5.0 * cols + 1.0, 2.4 * rows + 2.0)
     figure.suptitle(title, fontsize=10)
     return figure, figure.subplots(rows, cols, squeeze=False)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from specprune_ros.calibration.layers import LayerSearch
 from specprune_ros.calibration.noise import CameraNoise, proposed_tau
 from specprune_ros.calibration.thresholds import SpeedValley
 from specprune_ros.config import PruneConfig
+from specprune_ros.outputs import plain
 
 HIGH, MEDIUM, LOW = 'high', 'medium', 'low'
 MEANINGLESS = 'meaningless'
@@ -204,19 +204,6 @@ def write_parameters(
 def write_figures(path: Path, figures: Mapping[str, object]) -> None:
     """Figures as JSON; what is not finite is null."""
     path.write_text(json.dumps(plain(figures), indent=1, allow_nan=False) + '\n')
-
-
-def plain(value: object) -> object:
-    """Dataclasses, arrays and tuples as what JSON has; NaN and infinity as None."""
-    if dataclasses.is_dataclass(value):
-        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {str(key): plain(element) for key, element in value.items()}
-    if hasattr(value, 'tolist'):
-        return plain(value.tolist())
-    if isinstance(value, (list, tuple)):
-        return [plain(element) for element in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _comment(text: str, indent: str) -> list[str]:

@@ -27,6 +27,7 @@ from specprune_ros.cli.options import (
 )
 from specprune_ros.config_files import read_parameter_files
 from specprune_ros.errors import ConfigError
+from specprune_ros.outputs import plain
 from specprune_ros.shipped import PARAMS, find_checkpoint
 
 if TYPE_CHECKING:
@@ -132,10 +133,10 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         content = {
             'plan': dataclasses.asdict(plan),
-            'cells': [plain_cell(cell) for cell in cells],
+            'cells': plain(cells),
             'environment': machine(plan),
         }
-        arguments.json.write_text(json.dumps(content, indent=2) + '\n')
+        arguments.json.write_text(json.dumps(content, indent=2, allow_nan=False) + '\n')
     console.print(f'written to {arguments.out}')
     return 0
 
@@ -222,12 +223,3 @@ def cell_table(cells: Sequence[Cell], condition: str) -> Table:
 
 def _shares(static: float, kept: float) -> str:
     return '' if math.isnan(static) else f'{static:.0%}, {kept:.0%}'
-
-
-def plain_cell(cell: Cell) -> dict[str, object]:
-    """What the JSON file says of a cell; it has no NaN."""
-    values = dataclasses.asdict(cell)
-    return {
-        name: None if isinstance(value, float) and math.isnan(value) else value
-        for name, value in values.items()
-    }

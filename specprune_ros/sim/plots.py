@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from specprune_ros.outputs import new_figure
 from specprune_ros.sim.comparison import Cell
 
 COLOR, REFERENCE = '#4c78a8', '#333333'
@@ -17,12 +18,8 @@ def plot_cells(cells: Sequence[Cell], path: Path) -> None:
         cells: of `compare`; those of all tasks are drawn, and the first is the reference.
         path: of the picture.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     overall = [cell for cell in cells if not cell.task] or list(cells)
-    figure = Figure(figsize=(11, 1.6 + 0.32 * len(overall)), layout='constrained')
-    FigureCanvasAgg(figure)
+    figure = new_figure(11, 1.6 + 0.32 * len(overall))
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     rates = [100 * cell.successes / max(cell.episodes, 1) for cell in overall]
     below = [rate - 100 * cell.low for rate, cell in zip(rates, overall, strict=True)]

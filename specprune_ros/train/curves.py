@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
+from specprune_ros.outputs import new_figure
 from specprune_ros.train.trainer import CURVES
 
 PANELS = {
@@ -21,13 +22,9 @@ def draw_curves(folder: Path) -> None:
     Args:
         folder: of the run.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     with (folder / CURVES).open(newline='') as file:
         rows = list(csv.DictReader(file))
-    figure = Figure(figsize=(10, 6), layout='constrained')
-    FigureCanvasAgg(figure)
+    figure = new_figure(10, 6)
     for axes, (title, names) in zip(figure.subplots(2, 2).flat, PANELS.items(), strict=True):
         for name in names:
             points = [(int(row['step']), float(row[name])) for row in rows if row[name]]
