@@ -70,9 +70,9 @@ def run(arguments: argparse.Namespace) -> int:
     task, config = _task_from(arguments)
     total = ticks(task, studies, base_of(config.pruning), seeds)
     json_path = arguments.json or arguments.out / 'ablation.json'
+    model = load(config)
     check_output('out', arguments.out / output.QUERIES)
     check_output('json', json_path)
-    model = load(config)
     console = Console(width=None if sys.stdout.isatty() else output.WIDTH)
     with Progress(console=console) as progress:
         bar = progress.add_task('queries', total=total)
