@@ -441,6 +441,16 @@ class TestCommand:
             assert main([*command, '--out', str(tmp_path / 'out')]) == status
         assert 'holds another evaluation' in capsys.readouterr().err
 
+    def test_an_evaluation_that_fails_leaves_no_table(self, tmp_path, worlds, monkeypatch):
+        (tmp_path / 'params.yaml').write_text('/**: {ros__parameters: {}}')
+        monkeypatch.setattr(evaluating, '_policy', None)
+        table = tmp_path / 'new' / 'table.json'
+        command = ['eval', str(tmp_path), '--workers', '0', '--json', str(table)]
+        with pytest.raises(TypeError):
+            main([*command, '--out', str(tmp_path / 'out')])
+        assert table.parent.is_dir()
+        assert not table.exists()
+
     def test_a_file_that_cannot_be_written_is_told_before_the_episodes(self, tmp_path, capsys):
         (tmp_path / 'params.yaml').write_text('/**: {ros__parameters: {}}')
         (tmp_path / 'file').write_text('')

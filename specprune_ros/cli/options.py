@@ -77,14 +77,17 @@ def at_least(name: str, value: int, least: int) -> int:
 def check_output(option: str, path: Path) -> None:
     """See that a file can be written before the work whose result it is to hold.
 
-    Its folder is made, and the file, empty, if it is absent.
+    Its folder is made; a file that was not there is not there afterwards.
 
     Raises:
         ConfigError: it cannot be.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        is_new = not path.exists()
         path.open('a').close()
+        if is_new:
+            path.unlink()
     except OSError as error:
         raise ConfigError(f'--{option}', str(path), f'cannot be written: {error}') from error
 
