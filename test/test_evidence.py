@@ -1,5 +1,6 @@
 """docs/evidence.md says what docs/evidence/*.json say; scripts/evidence.sh measures its rows."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -136,6 +137,33 @@ def test_every_file_says_what_its_episodes_say(tables):
         for got, wanted in zip(content['cells'], cells, strict=True):
             for name, value in wanted.items():  # sums depend on the order of the episodes
                 assert got[name] == pytest.approx(value), (folder.name, name)
+
+
+SAME_AS_DEFAULT = {'layer_weight=average', 'rotation_threshold=0.1', 'rotation_threshold=0.4'}
+
+
+def test_settings_that_change_nothing_are_known(tables):
+    """The document says of each why it is no finding."""
+    ledgers: dict[str, set] = {}
+    for one in read_results(tables.FIGURES / 'table'):
+        row = dataclasses.replace(one, method='', latency_ms=0.0, fallback=0.0)
+        ledgers.setdefault(one.method, set()).add(repr(row))
+    default = ledgers.pop(tables.FIXED)
+    same = {method for method, ledger in ledgers.items() if ledger == default}
+    assert same == {f'{tables.FIXED},{fields}' for fields in SAME_AS_DEFAULT}
+
+
+def test_the_pairs_say_what_the_plain_episodes_say(tables):
+    pairs = json.loads((tables.FIGURES / tables.ROS).read_text())['episodes']
+    plain_of = {
+        (one.task, one.seed): (one.success, one.steps)
+        for one in read_results(tables.FIGURES / 'ros_plain')
+    }
+    told = {(one['task'], one['seed']): (one['plain'], one['plain_steps']) for one in pairs}
+    assert told == plain_of
+    both = [one for one in pairs if one['ros'] and one['plain']]
+    later = [one['ros_steps'] - one['plain_steps'] for one in both]
+    assert f'take {min(later)} to {max(later)} steps\nmore' in tables.DOCUMENT.read_text()
 
 
 def test_figures_of_other_weights_are_refused(tables, tmp_path):
