@@ -59,7 +59,12 @@ beside() {
 
 ended() {
   local one
-  for one in "${running[@]}"; do wait "$one"; done
+  for one in "${running[@]}"; do
+    wait "$one" || {
+      echo "evidence: a training stopped: see $out/*.log" >&2
+      exit 1
+    }
+  done
   running=()
 }
 
@@ -101,8 +106,8 @@ stage_train() {
 
 stage_controls() { # what a network learns that is never shown images, or never told what to do
   # Which patches are there must not tell it where the object is: none are spared.
-  beside train grey --set data.withheld=images --set fit.token_spared=0.0
-  beside train mute --set data.withheld=instruction --set fit.token_spared=0.0
+  beside train control_grey --set data.withheld=images --set fit.token_spared=0.0
+  beside train control_mute --set data.withheld=instruction --set fit.token_spared=0.0
   ended
 }
 
@@ -112,11 +117,11 @@ stage_gates() {
     evaluate "$NETWORK" "gate_$condition" --method dense --task "${SHUFFLED[@]}" \
       --condition $condition
   done
-  trained grey/checkpoint $STEPS
-  evaluate "$out/grey/checkpoint" gate_trained_grey --method dense --task "${SHUFFLED[@]}" \
+  trained control_grey/checkpoint $STEPS
+  evaluate "$out/control_grey/checkpoint" gate_trained_grey --method dense --task "${SHUFFLED[@]}" \
     --condition grey
-  trained mute/checkpoint $STEPS
-  evaluate "$out/mute/checkpoint" gate_trained_mute --method dense --task "${SHUFFLED[@]}" \
+  trained control_mute/checkpoint $STEPS
+  evaluate "$out/control_mute/checkpoint" gate_trained_mute --method dense --task "${SHUFFLED[@]}" \
     --condition withheld
   evaluate "$NETWORK" gate_goal_grey --method dense --task "${GOALS[@]}" \
     --condition grey

@@ -213,12 +213,12 @@ def find_config(name: str | Path) -> Path:
 def shipped_folders(name: str) -> list[Path]:
     """Folders of this name that ship: the checkout's, then the installed ones.
 
-    colcon names its prefixes; pip's is above where it put the package, for `--user`, too.
+    What was installed with this package is in a prefix above it, as pip's and colcon's are.
     """
     prefixes = [Path(p) for p in os.environ.get('AMENT_PREFIX_PATH', '').split(os.pathsep) if p]
     here = Path(__file__).resolve()
     checkout = here.parent.parent
     roots = [checkout / name] if (checkout / 'package.xml').is_file() else []
-    prefixes += [*here.parents[2:], Path(sys.prefix)]
+    prefixes = [*here.parents[1:], *prefixes, Path(sys.prefix)]
     roots += [prefix / 'share' / 'specprune_ros' / name for prefix in prefixes]
     return [root for root in dict.fromkeys(roots) if root.is_dir()]

@@ -412,6 +412,10 @@ class TestCommand:
         assert 'specprune' in shown
         content = json.loads(table.read_text())
         assert {'hardware', 'specprune', 'torch'} <= set(content['environment'])
+        elsewhere = {**content, 'environment': {'hardware': 'another'}}
+        table.write_text(json.dumps(elsewhere))
+        assert main(['eval', str(folder), *options, *names, *out]) == 0
+        assert json.loads(table.read_text()) == elsewhere, 'nothing was run here'
         cells = content['cells']
         assert [(cell['method'], cell['steps']) for cell in cells] == [
             ('dense', None),

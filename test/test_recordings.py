@@ -393,11 +393,15 @@ def test_the_robots_topics_say_which_camera_is_which(tmp_path):
     values = {
         e.camera: e.image.rgb()[0, 0, 0] for e in of_kind([*recording.events()], CameraEvent)
     }
-    assert values == {'wrist': 1, 'side': 0}
+    assert values == {'wrist': 1, 'side': 0, 'c': 2}
     config = dataclasses.replace(PolicyConfig(), robot=robot)
     assert fit_robot(config, recording).robot.camera_names == names
-    absent = dataclasses.replace(robot, camera_topics=('/b/color/image_raw', '/d/image'))
-    assert open_recording(tmp_path / 'bag', robot=absent).cameras == ('a', 'b', 'c')
+    assert recording.cameras == ('c', 'side', 'wrist')
+    for transport in ('raw', 'compressed'):
+        changes = {'camera_topics': ('/b/color/image_raw', '/d/image')}
+        partly = dataclasses.replace(robot, **changes, camera_transports=(transport,))
+        cameras = open_recording(tmp_path / 'bag', robot=partly).cameras
+        assert cameras == ('a', 'c', 'wrist'), 'as many as can be told'
     assert open_recording(tmp_path / 'bag').cameras == ('a', 'b', 'c')
 
 
@@ -408,13 +412,43 @@ def test_one_arms_control_steps_and_tasks_are_taken(tmp_path):
             bag.put(f'/{arm}/executed_action', at, bag.action(float(at)))
             bag.put(f'/{arm}/vla_node/instruction', at, bag.text(f'the {arm} one'))
             bag.put(f'/{arm}/joint_states', at, bag.joints((arm,), (0.0,)))
-    for namespace, arm in (('', 'left'), ('/right', 'right')):
-        recording = BagRecording(tmp_path / 'bag', namespace=namespace)
+    for near, arm in (([], 'left'), (['/right/vla_node'], 'right')):
+        recording = BagRecording(tmp_path / 'bag', near=near)
         events = list(recording.events())
         assert recording.control_steps == 1
         assert [e.data[0] for e in of_kind(events, ExecutedAction)] == [float(arm == 'left')]
         assert [e.text for e in of_kind(events, InstructionEvent)] == [f'the {arm} one']
+        assert recording.joint_names == (arm,)
+
+
+@pytest.mark.parametrize('named', [False, True])
+def test_the_arm_is_that_of_the_cameras(tmp_path, named):
+    """Bug: one arm's joints were read beside the other one's actions."""
+    with BagWriter(tmp_path / 'bag') as bag:
+        bag.put_image('/right/cameras/side/image_raw', 0, picture())
+        if named:  # which of both, only the robot says
+            bag.put_image('/left/cameras/side/image_raw', 0, picture())
+        for at, arm in enumerate(('left', 'right')):
+            bag.put(f'/{arm}/executed_action', at, bag.action(float(at)))
+            bag.put(f'/{arm}/vla_node/instruction', at, bag.text(f'the {arm} one'))
+            joints = (arm, 'more') if arm == 'left' else (arm,)
+            bag.put(f'/{arm}/joint_states', at, bag.joints(joints, (0.0,) * len(joints)))
+    robot = RobotConfig(camera_names=('hand',), camera_topics=('/right/cameras/side/image_raw',))
+    recording = open_recording(tmp_path / 'bag', robot=robot if named else None)
+    events = list(recording.events())
     assert recording.joint_names == ('right',)
+    assert [e.data[0] for e in of_kind(events, ExecutedAction)] == [1.0]
+    assert [e.text for e in of_kind(events, InstructionEvent)] == ['the right one']
+
+
+def test_joint_states_outside_of_the_namespace_are_the_arms(tmp_path):
+    with BagWriter(tmp_path / 'bag') as bag:
+        bag.put_image('/arm/cameras/side/image_raw', 0, picture())
+        bag.put('/arm/executed_action', 0, bag.action(0.0))
+        bag.put('/arm/gripper/state', 1, bag.joints(('g',), (0.0,)))
+        bag.put('/joint_states', 2, bag.joints(('j1', 'j2'), (0.0, 1.0)))
+    recording = BagRecording(tmp_path / 'bag', near=['/arm/vla_node'])
+    assert recording.joint_names == ('j1', 'j2')
 
 
 def test_empty_action_topic_is_no_action(tmp_path):

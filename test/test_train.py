@@ -523,6 +523,8 @@ def test_curves_are_cut_where_a_killed_run_goes_on(folders, data, tmp_path):
     trainer.save()
     trainer.step += 1  # killed before the next checkpoint
     trainer.measure()
+    with (tmp_path / CURVES).open('a') as file:
+        file.write('0,3')  # killed while writing
     again = make_trainer(folders, data, tmp_path)
     again.measure()
     lines = (tmp_path / CURVES).read_text().splitlines()

@@ -12,7 +12,6 @@ from statistics import fmean
 
 from rich.table import Table
 
-from specprune_ros import __version__
 from specprune_ros.ablation.panel import QueryFigures
 from specprune_ros.ablation.runner import Ablation
 from specprune_ros.ablation.studies import Study
@@ -133,7 +132,6 @@ def write_all(ablation: Ablation, summaries: Summaries, out: Path, json_path: Pa
 def as_tree(ablation: Ablation, summaries: Summaries) -> dict[str, object]:
     """Everything but the single queries, as JSON knows it."""
     return {
-        'specprune': __version__,
         'task': ablation.task,
         'closed_loop': ablation.closed_loop,
         'model': dataclasses.asdict(ablation.model),

@@ -92,7 +92,7 @@ def run(arguments: argparse.Namespace) -> int:
     from rich.progress import Progress
 
     from specprune_ros.sim.comparison import compare
-    from specprune_ros.sim.evaluate import DENSE, evaluate, film_path, jobs_of
+    from specprune_ros.sim.evaluate import DENSE, evaluate, film_path, jobs_of, read_results
     from specprune_ros.sim.plots import plot_cells
     from specprune_ros.sim.tasks import SHUFFLED, WANTED
 
@@ -110,7 +110,7 @@ def run(arguments: argparse.Namespace) -> int:
         job for job in jobs if job[2] < films and not film_path(arguments.out, job).exists()
     ]
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
-    results = []
+    results, before = [], len(read_results(arguments.out))
     with Progress(console=console) as progress:
         bar = progress.add_task('episodes', total=len(jobs))
         for result in evaluate(arguments.out, plan, jobs, workers=workers, films=films):
@@ -131,10 +131,11 @@ def run(arguments: argparse.Namespace) -> int:
             console.print(f'{cell.method}: {why}', style='yellow')
     plot_cells(cells, arguments.out / 'success.png')
     if arguments.json:
+        is_new = len(read_results(arguments.out)) > before
         content = {
             'plan': dataclasses.asdict(plan),
             'cells': plain(cells),
-            'environment': machine(plan),
+            'environment': machine(plan) if is_new else machine_told(arguments.json),
         }
         arguments.json.write_text(json.dumps(content, indent=2, allow_nan=False) + '\n')
     console.print(f'written to {arguments.out}')
@@ -169,8 +170,15 @@ def plan_from(arguments: argparse.Namespace) -> Plan:
     )
 
 
+def machine_told(path: Path) -> dict[str, str]:
+    """What a file says of the machine that ran the latest episodes; empty where nobody knows."""
+    if not path.exists():
+        return {}
+    return json.loads(path.read_text()).get('environment', {})
+
+
 def machine(plan: Plan) -> dict[str, str]:
-    """Hardware and versions that the latest episodes were run with."""
+    """Hardware and versions of this machine."""
     from specprune_ros.bench.latency import environment
     from specprune_ros.models import pick_device
 

@@ -27,8 +27,8 @@ def open_recording(
 
     Args:
         path: a rosbag2 folder or file, an .npz, or a video file.
-        cameras: camera -> topic, for a bag; empty: the robot's, where the bag holds them all, else
-            they are found, see BagRecording.
+        cameras: camera -> topic, for a bag; empty: the robot's where they can be told, others as
+            BagRecording finds them.
         camera: the camera's name, for a video.
         instruction: the task; empty takes the recording's own.
         robot: that was recorded; its topics say which camera is which.
@@ -42,8 +42,9 @@ def open_recording(
     if path.is_dir() or path.suffix in BAG_SUFFIXES:
         bag = BagRecording(path, cameras, instruction)
         own = recorded_cameras(bag.topics, robot) if robot and not cameras else {}
-        is_found = own.items() <= bag.image_topics.items()
-        return bag if is_found else BagRecording(path, own, instruction)
+        taken = {*own.values()}
+        others = {c: t for c, t in bag.image_topics.items() if c not in own and t not in taken}
+        return BagRecording(path, {**own, **others}, instruction, near=taken) if own else bag
     if path.suffix == '.npz':
         return NpzRecording(path, instruction)
     return VideoRecording(path, camera, instruction)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
@@ -54,7 +55,8 @@ TOPIC_TAILS = (
 class BagRecording:
     """Image, joint-state, pose, instruction and executed-action topics of a rosbag2.
 
-    Of each kind but images one topic is taken: a second one may be another arm's.
+    Of each kind but images one topic is taken, a second one may be another arm's: the one that
+    shares most namespaces with the executed actions, and these with the cameras.
 
     Args:
         path: the bag's folder, or one .mcap or .db3 file.
@@ -62,7 +64,8 @@ class BagRecording:
             `<name>`, of any other image topic the last telling word is its name.
         instruction: the task; empty takes the bag's: of the instruction topic until vla_node's
             status names a task, then from there, where tasks that came as actions are told, too.
-        namespace: of the nodes, whose topics go before others.
+        near: topics of the robot that is read, where the bag may hold another one's; empty: its
+            cameras.
 
     Attributes:
         topics: topic -> message type of all that hold messages.
@@ -79,10 +82,9 @@ class BagRecording:
         path: Path,
         cameras: dict[str, str] | None = None,
         instruction: str = '',
-        namespace: str = '',
+        near: Collection[str] = (),
     ):
         self.path = str(path)
-        self._namespace = f'{namespace}/'
         self._instruction = instruction
         with self._reading() as reader:
             types = {c.topic: c.msgtype for c in reader.connections if c.msgcount}
@@ -91,9 +93,12 @@ class BagRecording:
             self._others = {t: kind for t, kind in types.items() if _is_wanted(t, kind)}
             self.duration_s = reader.duration / 1e9
             self.start_ns = reader.start_time
-            self._choose_joints(reader)
-            for kind in (POSE, EXECUTED, TEXT, STATUS):
-                self._choose(kind)
+            home = _common_namespace(near or self.image_topics.values())
+            for topic in self._choose(EXECUTED, home):
+                home = topic.rpartition('/')[0]
+            for kind in (POSE, TEXT, STATUS):
+                self._choose(kind, home)
+            self._choose_joints(reader, home)
             counts = Counter({c.topic: c.msgcount for c in reader.connections})
         self.cameras = tuple(self.image_topics)
         self.has_poses = POSE in self._others.values()
@@ -174,29 +179,33 @@ class BagRecording:
                 self.path, f'cannot be read as a rosbag2: {named(error)}'
             ) from error
 
-    def _choose_joints(self, reader: AnyReader) -> None:
-        """Take one joint-state topic: `joint_states` if it exists, else the one of most joints."""
+    def _choose_joints(self, reader: AnyReader, home: str) -> None:
+        """Take one joint-state topic: the namespace's own, else `joint_states`, of most joints."""
         names = {}
         for connection in reader.connections:
             if connection.msgtype == JOINTS and connection.msgcount:
                 _, _, raw = next(reader.messages([connection]))
                 names[connection.topic] = tuple(reader.deserialize(raw, JOINTS).name)
+
+        def rank(topic: str) -> tuple:
+            is_own = topic == f'{home}/joint_states'
+            named = topic.endswith('/joint_states')
+            return is_own, named, len(names[topic]), _shared(topic, home)
+
         self.joint_names: tuple[str, ...] = ()
         if names:
-            best = max(names, key=lambda topic: self._joints_rank(topic, len(names[topic])))
+            best = max(sorted(names), key=rank)
             self.joint_names = names.pop(best)
         for topic in names:
             del self._others[topic]
 
-    def _joints_rank(self, topic: str, joints: int) -> tuple:
-        return topic.startswith(self._namespace), topic.endswith('/joint_states'), joints
-
-    def _choose(self, kind: str) -> None:
-        """Take one topic of a type: of the namespace, else the one of the fewest namespaces."""
+    def _choose(self, kind: str, home: str) -> list[str]:
+        """Take one topic of a type, the nearest to a namespace; empty where there is none."""
         topics = [topic for topic, found in self._others.items() if found == kind]
-        topics.sort(key=lambda t: (not t.startswith(self._namespace), t.count('/'), t))
+        topics.sort(key=lambda topic: (-_shared(topic, home), topic.count('/'), topic))
         for topic in topics[1:]:
             del self._others[topic]
+        return topics[:1]
 
     def _camera_topics(
         self, reader: AnyReader, types: dict[str, str], asked: dict[str, str]
@@ -230,6 +239,20 @@ class BagRecording:
         if connection.msgtype == COMPRESSED:
             return 'compressedDepth' not in message.format
         return message.encoding in ENCODINGS
+
+
+def _shared(topic: str, namespace: str) -> int:
+    """How many namespaces a topic has in common with this one, from the root."""
+    pairs = zip(topic.split('/')[1:], namespace.split('/')[1:], strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
+def _common_namespace(topics: Collection[str]) -> str:
+    """The deepest one that all topics are in; '' is the root."""
+    first, *others = topics
+    home = first.rpartition('/')[0]
+    shared = min([_shared(topic, home) for topic in others], default=home.count('/'))
+    return '/'.join(home.split('/')[: 1 + shared])
 
 
 def _same_camera(topics: list[str], name: str) -> bool:

@@ -18,7 +18,7 @@ from specprune_ros.errors import ObservationError, RecordingError
 from specprune_ros.inbox import JOINTS, POSE
 from specprune_ros.recordings.bag import BagRecording
 from specprune_ros.recordings.base import CameraEvent, Event, JointEvent, PoseEvent
-from specprune_ros.recordings.topics import recorded_cameras
+from specprune_ros.recordings.topics import camera_topics
 from specprune_ros.types import ExecutedAction, PruneReport
 
 REPORTS = 'specprune_ros/msg/PruningDiagnostics'
@@ -111,9 +111,10 @@ class DecisionRecording:
         self.path = str(path)
         self._reports = topics[0]
         namespace = self._reports.rsplit('/', 2)[0]
-        # Remapped topics are found by their names.
-        cameras = recorded_cameras(bag.topics, robot, namespace)
-        self._bag = BagRecording(path, cameras, namespace=namespace)
+        cameras = camera_topics(robot, namespace)
+        if not {*cameras.values()} <= {*bag.topics}:
+            cameras = {}  # remapped topics are found by their names
+        self._bag = BagRecording(path, cameras, near=[f'{namespace}/vla_node'])
 
     def decisions(self) -> list[Decision]:
         """All recorded queries, in the order of writing.

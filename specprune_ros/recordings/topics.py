@@ -48,27 +48,24 @@ def camera_topics(robot: RobotConfig, namespace: str = '') -> dict[str, str]:
     }
 
 
-def recorded_cameras(
-    topics: Collection[str], robot: RobotConfig, namespace: str | None = None
-) -> dict[str, str]:
-    """Camera -> the topic that the robot's vla_node read, where a recording holds all of these.
+def recorded_cameras(topics: Collection[str], robot: RobotConfig) -> dict[str, str]:
+    """Camera -> the recorded topic that a robot's vla_node reads, as far as they can be told.
+
+    In either transport, the configured one first; in any namespace, where only one topic ends so.
 
     Args:
         topics: that were recorded.
         robot: names the cameras.
-        namespace: of the node; None: unknown, then one topic alone must end as the camera's.
-
-    Returns:
-        Empty where one is missing, or not the only one.
     """
     found = {}
-    names = robot.image_topics()
-    for camera, topic in camera_topics(robot, namespace or '').items():
-        anywhere = namespace is None and not names[camera].startswith('/')
-        fits = [one for one in topics if one == topic or (anywhere and one.endswith(topic))]
-        if len(fits) != 1:
-            return {}
-        found[camera] = fits[0]
+    names, configured = robot.image_topics(), camera_topics(robot)
+    for camera, name in names.items():
+        base = full_name(name)
+        for wanted in dict.fromkeys((configured[camera], base, f'{base}/compressed')):
+            anywhere = not name.startswith('/') and wanted not in topics
+            fits = [one for one in topics if one == wanted or (anywhere and one.endswith(wanted))]
+            if len(fits) == 1:
+                found.setdefault(camera, fits[0])
     return found
 
 

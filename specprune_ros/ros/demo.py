@@ -20,7 +20,7 @@ from specprune_ros.config import AXES, PolicyConfig
 from specprune_ros.config_files import load_config, write_parameter_file
 from specprune_ros.errors import ConfigError
 from specprune_ros.offline import fit_robot
-from specprune_ros.recordings import open_recording
+from specprune_ros.recordings import BagRecording, open_recording
 from specprune_ros.ros.arguments import ros_arguments
 from specprune_ros.ros.demo_watch import Watcher, ended, exit_status, start, stop
 from specprune_ros.ros.lifecycle import LifecycleClient
@@ -79,7 +79,10 @@ def run(arguments: argparse.Namespace, console: Console) -> list[str]:
         'recording': str(Path(recording.path).resolve()),
         'loop': True,
         'instruction': arguments.instruction,
+        'transport': config.robot.camera_transports[0],
     }
+    if isinstance(recording, BagRecording):
+        replay['cameras'] = [f'{name}={t}' for name, t in recording.image_topics.items()]
     out = arguments.out
     rclpy.init(args=[], signal_handler_options=SignalHandlerOptions.NO)
     processes, problems = {}, []

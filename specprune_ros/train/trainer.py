@@ -250,11 +250,17 @@ class Trainer:
     def _cut_curves(self) -> None:
         """Drop what was measured after the checkpoint: it is measured again."""
         path = self.folder / CURVES
-        if not path.exists():
-            return
-        header, *lines = path.read_text().splitlines(keepends=True)
-        kept = [line for line in lines if int(line.partition(',')[0]) <= self.step]
-        path.write_text(''.join([header, *kept]))
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        steps = [line.partition(',')[0] for line in lines]
+        kept = [
+            line
+            for step, line in zip(steps, lines, strict=True)
+            if line.endswith('\n') and (not step.isdigit() or int(step) <= self.step)
+        ]
+        if kept != lines:
+            partial = path.with_suffix('.partial')
+            partial.write_text(''.join(kept))
+            os.replace(partial, path)
 
     def _with_bounds(self, bounds: dict) -> TrainingSet:
         """The data normalised as before: more may have been collected since."""
