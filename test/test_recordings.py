@@ -1,13 +1,18 @@
 """Bags, videos and npz observations as recordings, whole and broken."""
 
 import dataclasses
+import json
+import os
 import random
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
+import yaml
 from conftest import DATA, make_policy
 from rosbags.rosbag2 import StoragePlugin, Writer
 from rosbags.typesys import Stores, get_types_from_msg, get_typestore
@@ -778,3 +783,29 @@ def test_replayed_actions_are_of_no_chunk(tmp_path):
         assert heard, process.output()
     assert (heard[0].chunk_id, heard[0].epoch) == (0, 0)
     assert list(heard[0].names) == list(ACTION_NAMES)
+
+
+@pytest.mark.ros
+@pytest.mark.slow
+@pytest.mark.parametrize('transport', ['raw', 'compressed'])
+def test_the_demo_plays_a_robot_with_topics_of_its_own(tmp_path, transport):
+    """Bug: the replay named cameras by the topics, vla_node by the robot file."""
+    pytest.importorskip('rclpy', reason='no ROS here')
+    pytest.importorskip('specprune_ros.msg', reason='messages are not built')
+    robot = {
+        'camera_names': ['hand', 'view'],
+        'camera_topics': ['/cameras/wrist/image_raw', '/front_cam/color/image_raw'],
+        'camera_transports': [transport],
+        'joint_names': ['a', 'b'],
+    }
+    params = tmp_path / 'robot.yaml'
+    params.write_text(yaml.safe_dump({'/**': {'ros__parameters': {'robot': robot}}}))
+    bag, out = write_small_bag(tmp_path / 'small_bag'), tmp_path / 'out'
+    words = ['--recording', bag, '--params', 'models/tiny', '--params', params, '--chunks', 2]
+    command = [sys.executable, '-m', 'specprune_ros.ros.demo', *map(str, words), '--out', str(out)]
+    domain = {'ROS_DOMAIN_ID': '54', 'ROS_AUTOMATIC_DISCOVERY_RANGE': 'LOCALHOST'}
+    environment = {**os.environ, **domain}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=170)
+    assert done.returncode == 0, done.stdout + done.stderr
+    line = json.loads((out / 'reports.jsonl').read_text().splitlines()[-1])
+    assert line['cameras'] == ['hand', 'view']
