@@ -44,7 +44,7 @@ FAST_NODE = {
     'runtime.query_rate_hz': 10.0,
     'runtime.warm_up_queries': 1,
 }
-START_S, STOP_S, ANSWER_S = 40.0, 3.0, 20.0
+START_S, STOP_S, ANSWER_S, AGAIN_S = 40.0, 3.0, 20.0, 5.0
 # Humble's and Jazzy's rclpy do not: there, only a new configuration hears all buttons anew.
 TELLS_SENDERS = 'publisher_gid' in getattr(
     getattr(rclpy.subscription, 'MessageInfo', None), '__annotations__', {}
@@ -214,10 +214,15 @@ class World(Node):
     def _call(self, kind: type, service: str, request):
         client = self.create_client(kind, f'{self.target}/{service}')
         assert client.wait_for_service(START_S)
-        future = client.call_async(request)
-        rclpy.spin_until_future_complete(self, future, timeout_sec=ANSWER_S)
+        end = time.monotonic() + ANSWER_S
+        # What was found may be the service of a killed process: ask its successor then.
+        answered = False
+        while not answered and time.monotonic() < end:
+            future = client.call_async(request)
+            rclpy.spin_until_future_complete(self, future, timeout_sec=AGAIN_S)
+            answered = future.done()
         self.destroy_client(client)
-        assert future.done(), service
+        assert answered, service
         return future.result()
 
     def _on_diagnostics(self, msg: DiagnosticArray) -> None:
